@@ -1,0 +1,23 @@
+"""Registers this package's classes with Transformers' Auto classes; importing it is all it takes."""
+
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+from .configuration_nanovlm import NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
+from .image_processing_nanovlm import NanoVLMImageProcessor
+from .modeling_nanovlm import NanoVLMForConditionalGeneration, NanoVLMModel, NanoVLMTextModel, NanoVLMVisionModel
+from .processing_nanovlm import NanoVLMProcessor
+
+for _config_class, _model_class in (
+    (NanoVLMConfig, NanoVLMModel),
+    (NanoVLMVisionConfig, NanoVLMVisionModel),
+    (NanoVLMTextConfig, NanoVLMTextModel),
+):
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    AutoModel.register(_config_class, _model_class, exist_ok=True)
+# The second is in Transformers 4 alone, the third in 5 alone.
+for _name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM"):
+    if hasattr(transformers, _name):
+        getattr(transformers, _name).register(NanoVLMConfig, NanoVLMForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(NanoVLMConfig, slow_image_processor_class=NanoVLMImageProcessor, exist_ok=True)
+AutoProcessor.register(NanoVLMConfig, NanoVLMProcessor, exist_ok=True)

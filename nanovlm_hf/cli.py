@@ -1,0 +1,173 @@
+"""The `nanovlm` command. Heavy imports stand inside the sub-commands, so that help and wrong usage answer at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from typer.exceptions import Abort, Exit, TyperException
+
+from .errors import InputError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Small vision-language models for Transformers.")
+data_app = typer.Typer(no_args_is_help=True, help="Make datasets and tokenizers.")
+app.add_typer(data_app, name="data")
+
+WRONG_USE = 2
+FAILURE = 1
+
+
+class UsageError(InputError):
+    """A wrong call of the command: exit code 2."""
+
+
+@app.command()
+def complete(
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of photos.", show_default=False)],
+    prefix: Annotated[str, typer.Option(help="How the sentence begins; empty lets the model begin.")] = "",
+    model: Annotated[str, typer.Option(help="A packaged model, a folder or a Hub id.")] = "mini-short",
+    max_new_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens after the prefix, at most.", show_default="as many as fit, up to 96")  # noqa: UP045
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Above 0 samples; 0 does not.")] = 0.0,
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="Completions for each photo.")] = 1,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Of sampling.", show_default="none")] = None,  # noqa: UP045
+    blind: Annotated[bool, typer.Option("--blind", help="Also print what the model says of a blank picture.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines.")] = False,
+) -> None:
+    """Complete a sentence about each photo."""
+    if num_return_sequences > 1 and temperature == 0 and num_beams < num_return_sequences:
+        raise UsageError(
+            f"--num-return-sequences {num_return_sequences}: greedy search has one answer: add --temperature 1, or "
+            f"--num-beams {num_return_sequences}"
+        )
+    if "<image>" in prefix:
+        raise UsageError("--prefix: <image> stands for the photo and may not be part of the text")
+
+    from . import completion
+
+    _quiet()
+    settings = {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings["temperature"] = temperature
+    loaded, processor = completion.load_model(model)
+    answers = completion.complete(
+        loaded, processor, photos, prefix, max_new_tokens=max_new_tokens, blind=blind, seed=seed, **settings
+    )
+    several = len(photos) > 1 or photos[0].is_dir()
+    failed = False
+    for answer in answers:
+        failed |= answer.error is not None
+        if as_json:
+            print(json.dumps(_json_row(answer, prefix), ensure_ascii=False), flush=True)
+        if answer.error is not None:
+            print(f"nanovlm: {answer.error}", file=sys.stderr, flush=True)
+        elif not as_json:
+            label = f"{answer.photo}: " if several else ""
+            for text in answer.texts:
+                print(f"{label}{text}", flush=True)
+            for text in answer.blind or ():
+                print(f"{label}(blank picture) {text}", flush=True)
+    if failed:
+        raise Exit(FAILURE)
+
+
+def _json_row(answer: object, prefix: str) -> dict:
+    row = {"photo": str(answer.photo), "prefix": prefix}
+    if answer.error is not None:
+        return row | {"error": answer.error}
+    row["completions"] = answer.texts
+    return row if answer.blind is None else row | {"blind": answer.blind}
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="mini, base or large; a packaged model, a folder or a Hub id.")],
+) -> None:
+    """Print a model's parts and how many parameters each has (Table 2 of the paper)."""
+    from . import completion
+    from .configuration_nanovlm import PRESETS, NanoVLMConfig
+
+    config = NanoVLMConfig.from_preset(model) if model in PRESETS else completion.load_config(model)
+    counts = config.parameter_counts()
+    vision, text = config.vision_config, config.text_config
+    shapes = {
+        "encoder": f"{vision.num_hidden_layers} blocks of {vision.hidden_size}, {vision.num_attention_heads} heads",
+        "projector": f"{vision.hidden_size} -> {4 * vision.hidden_size} -> {text.hidden_size}",
+        "decoder": f"{text.num_hidden_layers} blocks of {text.hidden_size}, {text.num_attention_heads} heads, "
+        f"{text.vocab_size} entries",
+        "total": f"{config.image_seq_length} image token{'s' * (config.image_seq_length > 1)}, "
+        f"{text.max_position_embeddings} positions",
+    }
+    print(f"{'part':<10} {'parameters':>12} {'share':>6}  shape")
+    for part, count in counts.items():
+        print(f"{part:<10} {count:>12,} {100 * count / counts['total']:>5.1f}%  {shapes[part]}")
+
+
+@data_app.command("build")
+def data_build(
+    captions: Annotated[Path, typer.Option(help="COCO caption annotations (captions_*.json).")],
+    descriptions: Annotated[Path, typer.Option(help="JSONL with image_id and short, long or both.")],
+    images: Annotated[Path, typer.Option(help="Folder of the photos.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Write ShortDesc and LongDesc as Parquet that `load_dataset` opens."""
+    from .data.build import build_dataset
+
+    for variant, counts in build_dataset(captions, descriptions, images, out).items():
+        print(f"{variant}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+
+
+@data_app.command("tokenizer")
+def data_tokenizer(
+    dataset: Annotated[str, typer.Option(help="Folder or Hub id of a dataset that `nanovlm data build` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    vocab_size: Annotated[int, typer.Option(min=300, help="Entries, special tokens included.")] = 5120,
+) -> None:
+    """Train a byte-level BPE tokenizer on the train splits' descriptions."""
+    from .data.tokenizer import train_tokenizer_on
+
+    tokenizer = train_tokenizer_on(dataset, vocab_size)
+    tokenizer.save_pretrained(out)
+    print(f"{out}: {len(tokenizer)} entries")
+
+
+def _quiet() -> None:
+    """Leaves the terminal to the answers: no warnings and bars of the libraries."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Runs the command: exit code 0, 1 for a failure, 2 for wrong use; a mistake is one line without a traceback."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except (UsageError, TyperException) as error:
+        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        print(f"nanovlm: {message}", file=sys.stderr)
+        code = WRONG_USE
+    except InputError as error:
+        print(f"nanovlm: {error}", file=sys.stderr)
+        code = FAILURE
+    except Exit as stop:
+        code = stop.exit_code
+    except (Abort, KeyboardInterrupt):
+        print("nanovlm: stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # `nanovlm complete folder | head` has read enough
+        code = 0
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

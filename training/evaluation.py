@@ -1,0 +1,66 @@
+"""Validation: the loss with the right photo, with a wrong one, and the gap between them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from batches import TokenizedTexts, normalise
+from objective import CompletionObjective
+
+from nanovlm_hf import NanoVLMImageProcessor
+
+BATCH_SIZE = 64
+
+
+@torch.no_grad()
+def evaluate(
+    objective: CompletionObjective,
+    photos: np.ndarray,
+    texts: TokenizedTexts,
+    image_processor: NanoVLMImageProcessor,
+    device: torch.device,
+) -> dict[str, float]:
+    """Loss of the texts given their photos, and given the next photo instead (beyond the paper).
+
+    Args:
+        photos: uint8 (rows, height, width, 3), at least two.
+        texts: of the same rows.
+
+    Returns:
+        `eval_loss` and `eval_loss_wrong_photo` in nats per token, `grounding_gap` (their difference: 0 for a model
+        that does not look), and `grounding_gap_stderr` over photos.
+    """
+    training = objective.training
+    objective.eval()
+    sums = np.zeros((len(photos), 3))  # loss with the right photo, with the wrong one, tokens
+    features = []
+    for start in range(0, len(photos), BATCH_SIZE):
+        pixel_values = normalise(torch.from_numpy(photos[start : start + BATCH_SIZE]), image_processor)
+        features.append(objective.encode(pixel_values.to(device)).float())
+    right = torch.cat(features)
+    wrong = right.roll(1, dims=0)
+    for start in range(0, len(photos), BATCH_SIZE):
+        rows = list(range(start, min(start + BATCH_SIZE, len(photos))))
+        batch = {name: value.to(device) for name, value in texts.pad(rows).items()}
+        photo_of_text = batch.pop("photo_of_text") + start
+        for column, source in enumerate((right, wrong)):
+            losses, text_of_label = objective.token_losses(source[photo_of_text], **batch)
+            photo_of_label = photo_of_text[text_of_label].cpu().numpy()
+            np.add.at(sums[:, column], photo_of_label, losses.cpu().numpy())
+        np.add.at(sums[:, 2], photo_of_label, 1)
+    objective.train(training)
+    return summarise(sums)
+
+
+def summarise(sums: np.ndarray) -> dict[str, float]:
+    """Means over tokens of (photos, 3): summed loss with the right photo, with the wrong one, and tokens."""
+    right, wrong, tokens = sums.sum(0)
+    gap = (wrong - right) / tokens
+    # The ratio's standard error over photos, which are what was drawn at random.
+    residuals = (sums[:, 1] - sums[:, 0]) - gap * sums[:, 2]
+    return {
+        "eval_loss": right / tokens,
+        "eval_loss_wrong_photo": wrong / tokens,
+        "grounding_gap": gap,
+        "grounding_gap_stderr": float(np.sqrt((residuals**2).sum()) / tokens),
+    }

@@ -1,0 +1,73 @@
+"""What is minimised: cross-entropy of the texts, and beyond the paper the naming of visual words."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nanovlm_hf import NanoVLMForConditionalGeneration
+
+
+class CompletionObjective(nn.Module):
+    """A model and its losses. A photo is encoded once, however many texts describe it."""
+
+    def __init__(self, model: NanoVLMForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        photo_of_text: torch.Tensor,
+        word_targets: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of a batch, in nats.
+
+        Args:
+            pixel_values: (photos, 3, height, width).
+            input_ids, attention_mask, labels: (texts, T), padded on the right; labels -100 where there is no loss.
+            photo_of_text: (texts,), the place of each text's photo in `pixel_values`.
+            word_targets: (photos, vocabulary), shares of the words to name; rows of 0 count nothing.
+
+        Returns:
+            The sum of the cross-entropy over all labels, and the sum of the visual words' over all photos.
+        """
+        features = self.encode(pixel_values)
+        token_losses, _ = self.token_losses(features[photo_of_text], input_ids, attention_mask, labels)
+        return token_losses.sum(), self.visual_word_losses(features, word_targets).sum()
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projected features (photos, image tokens, C)."""
+        return self.model.get_image_features(pixel_values).pooler_output
+
+    def token_losses(
+        self, features: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of every label, and the text it belongs to; both (labels that are not -100,)."""
+        inputs_embeds = self.model.get_input_embeddings()(input_ids)
+        features = features.to(inputs_embeds.dtype)
+        placeholders = self.model.model.get_placeholder_mask(input_ids, inputs_embeds, features)
+        outputs = self.model.model(
+            inputs_embeds=inputs_embeds.masked_scatter(placeholders, features),
+            attention_mask=attention_mask,
+            use_cache=False,
+        )
+        # The LM head is a large part of a small decoder: it runs only where there is a label.
+        targets = labels[:, 1:]
+        counted = targets != -100
+        logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][counted])
+        text_of_label = counted.nonzero()[:, 0]
+        return F.cross_entropy(logits.float(), targets[counted], reduction="none"), text_of_label
+
+    def visual_word_losses(self, features: torch.Tensor, word_targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy between the words that the visual token names through the token embedding and the captions'.
+
+        Without it the decoder learns to talk before the picture says anything, and never looks. (photos,)
+        """
+        visual_token = F.layer_norm(features.float().mean(1), features.shape[-1:])
+        logits = visual_token @ self.model.get_input_embeddings().weight.float().T
+        return -(word_targets * F.log_softmax(logits, dim=-1)).sum(-1)

@@ -1,0 +1,27 @@
+"""Trains a NanoVLM: `accelerate launch training/train.py --config training/configs/mini_short.yaml`."""
+
+import sys
+
+from arguments import read_arguments
+from loop import train
+
+from nanovlm_hf import InputError
+
+
+def main() -> int:
+    try:
+        arguments = read_arguments(sys.argv[1:])
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        run = train(arguments)
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    print(f"done: {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
