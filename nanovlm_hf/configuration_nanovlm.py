@@ -206,13 +206,17 @@ class NanoVLMConfig(PretrainedConfig):
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.projector_hidden_act = projector_hidden_act
-        # Transformers 4 reads this in the text config, 5 here: one value in both.
         self.tie_word_embeddings = tie_word_embeddings
-        self.text_config.tie_word_embeddings = tie_word_embeddings
         # The ids travel up because generation reads them here.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             kwargs.setdefault(name, getattr(text_config, name))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Transformers 4 reads this in the text config, 5 in the whole one: one value in both.
+        if name == "tie_word_embeddings" and "text_config" in self.__dict__:
+            self.text_config.tie_word_embeddings = value
 
     @property
     def image_seq_length(self) -> int:

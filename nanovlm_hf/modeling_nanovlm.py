@@ -544,6 +544,14 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.model.vision_tower
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.language_model
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 

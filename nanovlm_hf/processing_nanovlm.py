@@ -4,7 +4,7 @@ No `from __future__ import annotations` here: Transformers 5 reads the annotatio
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
@@ -66,14 +66,15 @@ class NanoVLMProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[NanoVLMProcessorKwargs],
     ) -> BatchFeature:
         """Prepares pictures and texts.
 
         Args:
-            images: one picture a text, as `NanoVLMImageProcessor` takes them; None for text alone.
+            images: one picture a text, as `NanoVLMImageProcessor` takes them; a list of lists may leave texts without
+                one; None for text alone.
             text: partial descriptions (prefixes), or whole ones with `return_labels`; None lets the model begin by
-                itself. `<image>` goes before each, unless the text begins with it already.
+                itself. `<image>` goes before each, unless the text has one already.
             kwargs: arguments of the image processor and of the tokenizer, among them
                 `return_labels`: True ends each text with `<eos>`, pads on the right and adds `labels`, -100 at the
                 picture and the padding. False (default) pads on the left, for `generate()`.
@@ -82,7 +83,7 @@ class NanoVLMProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3, height, width), `labels` (B, T).
 
         Raises:
-            ValueError: if neither is given, their numbers differ, or `<image>` stands inside a text.
+            ValueError: if neither is given, their numbers differ, or a text has more than one `<image>`.
         """
         if images is None and text is None:
             raise ValueError("give images, text or both")
@@ -92,13 +93,18 @@ class NanoVLMProcessor(ProcessorMixin):
         return_labels = text_settings.pop("return_labels")
 
         data: dict[str, Any] = {}
-        number = None
+        pictures = None  # how many each text has
         if images is not None:
             image_settings.pop("return_tensors", None)
-            images = make_flat_list_of_images(self.image_processor.fetch_images(images))
-            number = len(images)
+            images = self.image_processor.fetch_images(images)
+            if isinstance(images, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in images):
+                pictures = [len(one) if isinstance(one, (list, tuple)) else 1 for one in images]
+                images = [image for one in images for image in (one if isinstance(one, (list, tuple)) else [one])]
+            else:
+                images = make_flat_list_of_images(images)
+                pictures = [1] * len(images)
             data.update(self.image_processor(images, **image_settings))
-        prompts = self._prompts(text, number)
+        prompts = self._prompts(text, pictures)
         if return_labels:
             prompts = [prompt + self.tokenizer.eos_token for prompt in prompts]
             text_settings["padding_side"] = "right"
@@ -113,25 +119,29 @@ class NanoVLMProcessor(ProcessorMixin):
         data.update(encoded)
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _prompts(self, text: str | list[str] | None, number: int | None) -> list[str]:
-        """The texts, each with its `<image>` placeholders where there are `number` pictures."""
+    def _prompts(self, text: str | list[str] | None, pictures: list[int] | None) -> list[str]:
+        """The texts, each with its `<image>` placeholders where it has a picture."""
         if text is None:
-            text = [""] * (number or 0)
+            text = [""] * len(pictures)
         texts = [text] if isinstance(text, str) else list(text)
         if not all(isinstance(one, str) for one in texts):
             raise ValueError("text must be a string or a list of strings")
-        if number is not None and number != len(texts):
-            raise ValueError(f"{number} images and {len(texts)} texts: give one text an image")
+        if pictures is not None and len(pictures) != len(texts):
+            raise ValueError(f"{len(pictures)} images and {len(texts)} texts: give one text an image")
         placeholder = self.image_token * self.image_seq_length
         prompts = []
-        for one in texts:
-            rest = one.lstrip()
-            has_placeholder = rest.startswith(self.image_token)
-            if has_placeholder:
-                one = rest.removeprefix(placeholder if rest.startswith(placeholder) else self.image_token)
-            if self.image_token in one:
-                raise ValueError(f"{self.image_token} may stand only at the beginning of a text: {one!r}")
-            prompts.append(placeholder + one if has_placeholder or number is not None else one)
+        for place, one in enumerate(texts):
+            one = one.replace(placeholder, self.image_token)
+            found = one.count(self.image_token)
+            wanted = found if pictures is None else pictures[place]
+            if wanted > 1 or found > wanted:
+                raise ValueError(
+                    f"{max(wanted, found)} {self.image_token} for {wanted} pictures in {one!r}: "
+                    "this model takes one picture a text"
+                )
+            if found == 0 and wanted == 1:
+                one = self.image_token + one
+            prompts.append(one.replace(self.image_token, placeholder))
         return prompts
 
     def _check_truncation(self, prompts: list[str], input_ids: list[list[int]]) -> None:
