@@ -30,7 +30,8 @@ def complete(
     prefix: Annotated[str, typer.Option(help="How the sentence begins; empty lets the model begin.")] = "",
     model: Annotated[str, typer.Option(help="A packaged model, a folder or a Hub id.")] = "mini-short",
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Tokens after the prefix, at most.", show_default="as many as fit, up to 96")  # noqa: UP045
+        int | None,
+        typer.Option(min=1, help="Tokens after the prefix, at most.", show_default="as many as fit, up to 96"),
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="Above 0 samples; 0 does not.")] = 0.0,

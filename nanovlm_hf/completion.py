@@ -153,7 +153,9 @@ def complete(
             texts = iter(_generate(model, processor, images, prefix, seed, settings))
             blanks = iter(())
             if blind:
-                blank = Image.new("RGB", (224, 224), tuple(round(255 * mean) for mean in processor.image_processor.image_mean))
+                blank = Image.new(
+                    "RGB", (224, 224), tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
+                )
                 blanks = iter(_generate(model, processor, [blank] * len(images), prefix, seed, settings))
             for one in batch:
                 if one.error is None:
@@ -203,7 +205,9 @@ def _locate(name: str) -> str:
         return str(PACKAGED[name])
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
-            raise InputError(f"{name}: there is no config.json in this folder: give a folder that save_pretrained wrote")
+            raise InputError(
+                f"{name}: there is no config.json in this folder: give a folder that save_pretrained wrote"
+            )
         return name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{name}: this is no folder, no Hub id (org/name), and none of {', '.join(PACKAGED)}")

@@ -21,6 +21,19 @@ from transformers.image_utils import (
 )
 from transformers.utils import TensorType
 
+SETTINGS = (
+    "do_convert_rgb",
+    "do_center_crop",
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+
 
 class NanoVLMImageProcessor(BaseImageProcessor):
     """Turns any picture that Pillow can open into normalised pixels.
@@ -105,16 +118,12 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 
     def _settings(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        names = (
-            "do_convert_rgb do_center_crop do_resize size resample do_rescale rescale_factor "
-            "do_normalize image_mean image_std"
-        ).split()
         # Transformers' processors and pipelines hand some arguments of other image processors to every one.
-        foreign = overrides.keys() - set(names) - {"device", "disable_grouping", "crop_size", "do_pad", "pad_size"}
+        foreign = overrides.keys() - set(SETTINGS) - {"device", "disable_grouping", "crop_size", "do_pad", "pad_size"}
         if foreign:
             raise ValueError(f"NanoVLMImageProcessor does not know {', '.join(sorted(foreign))}")
-        settings = {name: getattr(self, name) for name in names}
-        settings.update({name: value for name, value in overrides.items() if name in names and value is not None})
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        settings.update({name: value for name, value in overrides.items() if name in SETTINGS and value is not None})
         settings["size"] = get_size_dict(settings["size"])
         return settings
 

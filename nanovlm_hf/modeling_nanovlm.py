@@ -17,7 +17,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    ModelOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
@@ -380,9 +384,7 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
             position_ids = _count_positions(attention_mask, cache_position)
         self._check_positions(position_ids)
 
-        mask = causal_mask(
-            self.config, inputs_embeds, attention_mask, cache_position, past_key_values, position_ids
-        )
+        mask = causal_mask(self.config, inputs_embeds, attention_mask, cache_position, past_key_values, position_ids)
         hidden_states = self.dropout(inputs_embeds + self.position_embedding(position_ids))
         all_hidden_states, all_attentions = [hidden_states], []
         for block in self.blocks:

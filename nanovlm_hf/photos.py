@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -23,8 +24,10 @@ def open_photo(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     try:
-        # Opened as a file, not by name: Pillow checks the size of the whole picture before it reads further.
-        with path.open("rb") as file, Image.open(file) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below says it better
+            image = Image.open(path)  # reads the header alone
+        with image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(

@@ -59,7 +59,9 @@ class NanoVLMProcessor(ProcessorMixin):
         if tokenizer is not None:
             self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
             if self.image_token_id is None:
-                raise ValueError(f"the tokenizer has no {self.image_token} token: train one with `nanovlm data tokenizer`")
+                raise ValueError(
+                    f"the tokenizer has no {self.image_token} token: train one with `nanovlm data tokenizer`"
+                )
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __call__(
@@ -87,7 +89,9 @@ class NanoVLMProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("give images, text or both")
-        settings = self._merge_kwargs(NanoVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        settings = self._merge_kwargs(
+            NanoVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         text_settings, image_settings = settings["text_kwargs"], settings["images_kwargs"]
         return_tensors = text_settings.pop("return_tensors", None)
         return_labels = text_settings.pop("return_labels")
@@ -148,7 +152,8 @@ class NanoVLMProcessor(ProcessorMixin):
         for prompt, ids in zip(prompts, input_ids, strict=True):
             if prompt.count(self.image_token) != sum(token == self.image_token_id for token in ids):
                 raise ValueError(
-                    f"max_length cuts into the {self.image_seq_length} {self.image_token} tokens: raise it or drop truncation"
+                    f"max_length cuts into the {self.image_seq_length} {self.image_token} tokens: "
+                    "raise it or drop truncation"
                 )
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.nn import functional as F
+from torch import nn
 
 from nanovlm_hf import NanoVLMImageProcessor, NanoVLMProcessor
 
 # Words that say nothing about what is in a picture.
-FUNCTION_WORDS = frozenset(
-    "a an the of in on at to with and or is are was be being been by for from as it its his her their there this that "
-    "he she they who which while into over up down out off near next some several other another one two three each "
-    "has have having something someone very through across around behind front back side top between against under "
-    "onto towards toward away along above below beside together".split()
-)
+FUNCTION_WORDS = frozenset(Path(__file__).with_name("function_words.txt").read_text(encoding="utf-8").split())
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -44,7 +40,11 @@ class TokenizedTexts:
             texts = [[row[name]] if isinstance(row[name], str) else row[name] for name in columns]
             self.has_side.append(any(LEFT_OR_RIGHT.search(text) for column in texts for text in column))
             self.ids.append(
-                [[ids + [tokenizer.eos_token_id] for ids in tokenizer(column)["input_ids"]] for column in texts if column]
+                [
+                    [[*ids, tokenizer.eos_token_id] for ids in tokenizer(column)["input_ids"]]
+                    for column in texts
+                    if column
+                ]
             )
             self.words.append(_visual_words(row["captions"] or texts[0], tokenizer))
 
@@ -172,7 +172,9 @@ def augment(pixels: torch.Tensor, rng: np.random.Generator, may_mirror: bool) ->
         crop = crop.flip(1)
     # PyTorch has a fast path for uint8 pictures whose channels stand last, which this view says they do.
     channels_first = crop.permute(2, 0, 1).unsqueeze(0)
-    return F.interpolate(channels_first, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return nn.functional.interpolate(channels_first, (height, width), mode="bilinear", antialias=True)[0].permute(
+        1, 2, 0
+    )
 
 
 def normalise(photos: torch.Tensor, image_processor: NanoVLMImageProcessor) -> torch.Tensor:

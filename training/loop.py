@@ -143,7 +143,9 @@ def train(arguments: TrainingArguments) -> RunFolder:
                 "tokens_per_second": round(window["tokens"] / seconds, 1),
             }
             if not math.isfinite(row["train_loss"]):
-                raise InputError(f"step {step}: the loss is {row['train_loss']}: lower learning_rate; `best/` is intact")
+                raise InputError(
+                    f"step {step}: the loss is {row['train_loss']}: lower learning_rate; `best/` is intact"
+                )
             if accelerator.is_main_process:
                 run.log(row)
                 bar.set_postfix(loss=f"{row['train_loss']:.3f}")

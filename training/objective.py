@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from nanovlm_hf import NanoVLMForConditionalGeneration
 
@@ -61,13 +60,13 @@ class CompletionObjective(nn.Module):
         counted = targets != -100
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][counted])
         text_of_label = counted.nonzero()[:, 0]
-        return F.cross_entropy(logits.float(), targets[counted], reduction="none"), text_of_label
+        return nn.functional.cross_entropy(logits.float(), targets[counted], reduction="none"), text_of_label
 
     def visual_word_losses(self, features: torch.Tensor, word_targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy between the words that the visual token names through the token embedding and the captions'.
 
         Without it the decoder learns to talk before the picture says anything, and never looks. (photos,)
         """
-        visual_token = F.layer_norm(features.float().mean(1), features.shape[-1:])
+        visual_token = nn.functional.layer_norm(features.float().mean(1), features.shape[-1:])
         logits = visual_token @ self.model.get_input_embeddings().weight.float().T
-        return -(word_targets * F.log_softmax(logits, dim=-1)).sum(-1)
+        return -(word_targets * nn.functional.log_softmax(logits, dim=-1)).sum(-1)

@@ -65,7 +65,9 @@ def build_dataset(
         raise InputError(f"{out}: there is a dataset already: name another folder or remove it")
     photos = read_captions(captions)
     texts = read_descriptions(descriptions)
-    missing = [photo.file_name for photo in photos if photo.image_id in texts and not (images / photo.file_name).exists()]
+    missing = [
+        photo.file_name for photo in photos if photo.image_id in texts and not (images / photo.file_name).exists()
+    ]
     if missing:
         raise InputError(f"{images}: {len(missing)} of the described photos are not there, first {missing[0]}")
 

@@ -1,0 +1,148 @@
+import pytest
+import torch
+from conftest import picture
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+NEW = 10
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+
+
+def test_batch_gives_the_tokens_of_one_by_one(model, processor, inputs):
+    together = model.generate(**inputs, **GREEDY)
+    texts = ["There is a big", "A", "There is a big red ball. It"]
+    for row, text in enumerate(texts):
+        alone = model.generate(**processor(images=picture(row), text=text, return_tensors="pt"), **GREEDY)
+        assert alone[0, -NEW:].tolist() == together[row, -NEW:].tolist()
+    assert len({tuple(row) for row in together[:, -NEW:].tolist()}) > 1, "the fixture's model says one thing only"
+
+
+@pytest.mark.parametrize("cache", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_every_cache_gives_the_same_tokens(model, inputs, cache):
+    assert torch.equal(model.generate(**inputs, **GREEDY, **cache), model.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_caches_made_by_the_caller(model, inputs, kind):
+    text_config = model.config.get_text_config()
+    cache = DynamicCache(config=text_config) if kind is DynamicCache else StaticCache(text_config, max_cache_len=64)
+    assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), model.generate(**inputs, **GREEDY))
+
+
+def test_step_by_step_with_cache_equals_one_forward(model, inputs):
+    tokens = model.generate(**inputs, **GREEDY)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, NEW, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, pixel_values=inputs["pixel_values"], attention_mask=mask).logits
+        start = inputs["input_ids"].shape[1]
+        cache = model(**inputs, use_cache=True).past_key_values
+        for place in range(start, tokens.shape[1]):
+            step = model(
+                input_ids=tokens[:, place : place + 1], attention_mask=mask[:, : place + 1], past_key_values=cache
+            )
+            torch.testing.assert_close(step.logits[:, 0], whole[:, place], atol=1e-4, rtol=1e-4)
+
+
+def test_going_on_from_a_cache(model, inputs):
+    want = model.generate(**inputs, **GREEDY)
+    half = {"max_new_tokens": NEW // 2, "min_new_tokens": NEW // 2, "do_sample": False}
+    first = model.generate(**inputs, **half, return_dict_in_generate=True)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, NEW // 2, dtype=torch.long)], dim=1)
+    second = model.generate(
+        input_ids=first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **half
+    )
+    assert torch.equal(second, want)
+
+
+def test_sampling_is_repeatable_and_varies(model, inputs):
+    settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.5, "num_return_sequences": 4}
+    torch.manual_seed(3)
+    one = model.generate(**inputs, **settings)
+    torch.manual_seed(3)
+    same = model.generate(**inputs, **settings)
+    assert one.shape[0] == 12
+    assert torch.equal(one, same)
+    assert len({tuple(row) for row in one[:4].tolist()}) > 1
+
+
+def test_beams(model, processor, inputs):
+    settings = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
+    outputs = model.generate(**inputs, **settings, output_scores=True, return_dict_in_generate=True)
+    assert outputs.sequences.shape[0] == 6
+    best = outputs.sequences_scores.view(3, 2)
+    assert (best[:, 0] >= best[:, 1]).all()
+    alone = model.generate(**processor(images=picture(1), text="A", return_tensors="pt"), **settings)
+    assert alone[0, -NEW:].tolist() == outputs.sequences[2, -NEW:].tolist()
+    # A beam's score is the likelihood that the model itself gives its tokens.
+    scores = model.compute_transition_scores(
+        outputs.sequences, outputs.scores, outputs.beam_indices, normalize_logits=False
+    )
+    torch.testing.assert_close(scores.sum(1) / NEW, outputs.sequences_scores, atol=1e-4, rtol=1e-4)
+
+
+def test_streamer(model, processor, tokenizer):
+    inputs = processor(images=picture(), text="There is a big", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    tokens = model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(tokens[0, -NEW:])
+
+
+def test_inputs_embeds(model, inputs):
+    want = model.generate(**inputs, **GREEDY)[:, -NEW:]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    assert torch.equal(model.generate(inputs_embeds=embeds, **rest, **GREEDY), want)
+    # With the picture put in by hand no pixels are needed.
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    mask = model.model.get_placeholder_mask(inputs["input_ids"], embeds, features)
+    mixed = embeds.masked_scatter(mask, features)
+    assert torch.equal(model.generate(inputs_embeds=mixed, attention_mask=inputs["attention_mask"], **GREEDY), want)
+
+
+def test_outputs_asked_for(model, inputs):
+    model.set_attn_implementation("eager")
+    outputs = model.generate(
+        **inputs, **GREEDY, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True
+    )
+    length = inputs["input_ids"].shape[1]
+    assert len(outputs.hidden_states) == len(outputs.attentions) == NEW
+    assert outputs.hidden_states[0][-1].shape == (3, length, 32)
+    assert outputs.hidden_states[1][-1].shape == (3, 1, 32)
+    assert outputs.attentions[1][0].shape == (3, 4, 1, length + 1)
+
+
+def test_prompt_lookup_gives_the_greedy_tokens(model, processor):
+    inputs = processor(images=picture(), text="There is a big red ball. There is a big", return_tensors="pt")
+    want = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3), want)
+
+
+def test_the_picture_is_encoded_once(model, inputs, monkeypatch):
+    calls = []
+    encode = model.model.vision_tower.forward
+    monkeypatch.setattr(model.model.vision_tower, "forward", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    model.generate(**inputs, **GREEDY)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_a_sequence_past_the_position_table_stops_with_an_error(model, inputs, settings):
+    entries = model.config.text_config.max_position_embeddings
+    room = entries - int(inputs["attention_mask"].sum(1).max())
+    settings = settings | {"do_sample": False, "suppress_tokens": [model.config.image_token_id]}
+    fits = {"max_new_tokens": room, "min_new_tokens": room}
+    assert model.generate(**inputs, **fits, **settings).shape[1] == inputs["input_ids"].shape[1] + room
+    # The token at position `entries` is made but never read; one more would have to read it.
+    too_long = {"max_new_tokens": room + 2, "min_new_tokens": room + 2}
+    with pytest.raises(ValueError, match=f"this model has {entries}"):
+        model.generate(**inputs, **too_long, **settings)
+
+
+def test_generation_begins_without_a_prefix(model, processor):
+    inputs = processor(images=picture(), return_tensors="pt")
+    assert inputs["input_ids"].shape == (1, model.config.image_seq_length)
+    assert model.generate(**inputs, **GREEDY).shape == (1, model.config.image_seq_length + NEW)
+
+
+def test_text_alone_generates(model, tokenizer):
+    inputs = tokenizer(["There is a big", "A"], padding=True, return_tensors="pt")
+    assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + NEW

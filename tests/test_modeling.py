@@ -1,0 +1,295 @@
+import pytest
+import torch
+from conftest import picture, tiny_config, tiny_model
+from safetensors.torch import load_file
+
+from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMModel
+
+
+def forward(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**{**inputs, **kwargs})
+
+
+def test_shapes(model, inputs):
+    outputs = forward(model, inputs, output_hidden_states=True, output_attentions=True)
+    batch, length = inputs["input_ids"].shape
+    image_tokens = model.config.image_seq_length
+    assert outputs.logits.shape == (batch, length, 320)
+    assert outputs.image_hidden_states.shape == (batch, image_tokens, 32)
+    assert len(outputs.hidden_states) == 3
+    assert all(state.shape == (batch, length, 32) for state in outputs.hidden_states)
+
+
+def test_attentions_are_there_with_eager(model, inputs):
+    model.set_attn_implementation("eager")
+    outputs = forward(model, inputs, output_attentions=True)
+    batch, length = inputs["input_ids"].shape
+    assert [weights.shape for weights in outputs.attentions] == [(batch, 4, length, length)] * 2
+    vision = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    assert [weights.shape for weights in vision.attentions] == [(batch, 4, 5, 5)] * 2
+    assert len(vision.hidden_states) == 3
+
+
+def test_a_later_token_changes_no_earlier_logit(model, inputs):
+    before = forward(model, inputs).logits
+    ids = inputs["input_ids"].clone()
+    ids[:, -1] = (ids[:, -1] + 1 - 4) % 316 + 4
+    after = forward(model, inputs, input_ids=ids).logits
+    torch.testing.assert_close(after[:, :-1], before[:, :-1], rtol=0, atol=0)
+    assert not torch.equal(after[:, -1], before[:, -1])
+
+
+def test_every_text_token_sees_the_picture(model, inputs):
+    before = forward(model, inputs).logits
+    after = forward(model, inputs, pixel_values=inputs["pixel_values"].flip(-1)).logits
+    assert ((after - before).abs().amax(-1) > 1e-6)[inputs["attention_mask"].bool()].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_cls_sees_the_last_patch(implementation):
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    pixels = torch.randn(1, 3, 32, 32)
+    changed = pixels.clone()
+    changed[:, :, 16:, 16:] += 1  # the last of four patches
+    with torch.no_grad():
+        one, other = (model.model.vision_tower(x).pooler_output for x in (pixels, changed))
+    assert (one - other).abs().max() > 1e-4
+
+
+def test_cls_alone_equals_cls_among_all():
+    vision = tiny_model().model.vision_tower
+    pixels = torch.randn(2, 3, 32, 32, requires_grad=True)
+    alone, among = vision(pixels, cls_only=True), vision(pixels)
+    assert alone.last_hidden_state.shape == (2, 1, 32)
+    assert among.last_hidden_state.shape == (2, 5, 32)
+    torch.testing.assert_close(alone.pooler_output, among.pooler_output, atol=1e-6, rtol=1e-5)
+    gradients = [
+        torch.autograd.grad(output.pooler_output.sin().sum(), [pixels, *vision.blocks[-1].parameters()])
+        for output in (alone, among)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_sdpa_and_eager_agree(model, inputs):
+    sdpa = forward(model, inputs).logits
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    assert model.model.vision_tower.config._attn_implementation == "eager"
+    eager = forward(model, inputs).logits
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(eager[seen], sdpa[seen], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_on_either_side_changes_nothing(model, processor, inputs):
+    alone = processor(images=picture(1), text="A", return_tensors="pt")
+    want = forward(model, alone).logits[0, -1]
+    left = forward(model, inputs).logits[1, -1]
+    right_padded = processor(
+        images=[picture(seed) for seed in range(2)],
+        text=["There is a big", "A"],
+        padding_side="right",
+        return_tensors="pt",
+    )
+    last = right_padded["attention_mask"][1].sum() - 1
+    right = forward(model, right_padded).logits[1, last]
+    torch.testing.assert_close(left, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(right, want, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_is_the_mean_over_the_labels(model, processor):
+    batch = processor(
+        images=[picture(0), picture(1)], text=["There is a big", "A"], return_labels=True, return_tensors="pt"
+    )
+    outputs = forward(model, batch)
+    targets = batch["labels"][:, 1:]
+    want = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), targets, ignore_index=-100)
+    torch.testing.assert_close(outputs.loss, want)
+    total = forward(model, batch, num_items_in_batch=torch.tensor(2)).loss
+    torch.testing.assert_close(total, want * (targets != -100).sum() / 2)
+
+
+def test_logits_to_keep(model, inputs):
+    logits = forward(model, inputs).logits
+    torch.testing.assert_close(forward(model, inputs, logits_to_keep=2).logits, logits[:, -2:])
+    kept = torch.tensor([0, 3])
+    torch.testing.assert_close(forward(model, inputs, logits_to_keep=kept).logits, logits[:, kept])
+
+
+def test_tuple_and_dict_outputs_are_the_same(model, inputs):
+    outputs = forward(model, inputs, output_hidden_states=True)
+    as_tuple = forward(model, inputs, output_hidden_states=True, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[0], outputs.logits)
+
+
+def test_inputs_embeds_equal_input_ids(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    want = forward(model, inputs).logits
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    torch.testing.assert_close(forward(model, rest, inputs_embeds=embeds).logits, want)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(**inputs, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(pixel_values=inputs["pixel_values"])
+
+
+def test_text_alone(model, inputs):
+    ids = inputs["input_ids"][:, -3:]
+    assert forward(model, {"input_ids": ids}).logits.shape == (3, 3, 320)
+
+
+@pytest.mark.parametrize("change", ["one image less", "one token more"])
+def test_images_and_placeholders_must_match(model, inputs, change):
+    ids, pixels = inputs["input_ids"].clone(), inputs["pixel_values"]
+    if change == "one image less":
+        pixels = pixels[:-1]
+    else:
+        ids[0, -1] = model.config.image_token_id
+    with pytest.raises(ValueError, match="<image> tokens and the images give"):
+        model(input_ids=ids, pixel_values=pixels, attention_mask=inputs["attention_mask"])
+
+
+def test_images_of_another_size_are_refused(model, inputs):
+    with pytest.raises(ValueError, match=r"\(batch, 3, 32, 32\)"):
+        model(**{**inputs, "pixel_values": torch.zeros(3, 3, 48, 48)})
+
+
+def test_get_image_features(model, inputs):
+    for owner in (model, model.model):
+        features = owner.get_image_features(inputs["pixel_values"])
+        assert features.pooler_output.shape == (3, model.config.image_seq_length, 32)
+    torch.testing.assert_close(features.pooler_output, forward(model, inputs).image_hidden_states)
+    assert isinstance(model.get_image_features(inputs["pixel_values"], return_dict=False), tuple)
+
+
+def test_a_position_past_the_table_is_refused(model):
+    entries = model.config.text_config.max_position_embeddings
+    full = torch.full((1, entries), 5)
+    assert forward(model, {"input_ids": full}).logits.shape[1] == entries
+    with pytest.raises(ValueError, match=f"reaches position {entries + 1}, this model has {entries}"):
+        model(input_ids=torch.full((1, entries + 1), 5))
+
+
+def test_padding_on_the_left_takes_no_positions(model):
+    entries = model.config.text_config.max_position_embeddings
+    ids = torch.full((1, entries + 5), 5)
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    assert forward(model, {"input_ids": ids, "attention_mask": mask}).logits.shape[1] == entries + 5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_with_safetensors(tmp_path, inputs, strategy, tied):
+    model = tiny_model(strategy, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
+    loaded, report = NanoVLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
+    torch.testing.assert_close(forward(loaded, inputs).logits, forward(model, inputs).logits, atol=0, rtol=0)
+
+
+def test_base_model_loads_from_the_whole_models_folder(tmp_path, model, inputs):
+    model.save_pretrained(tmp_path)
+    base = NanoVLMModel.from_pretrained(tmp_path)
+    want = forward(model, inputs, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(forward(base, inputs).last_hidden_state, want)
+
+
+def test_resize_token_embeddings(model, inputs):
+    before = forward(model, inputs).logits
+    model.resize_token_embeddings(330, mean_resizing=False)
+    assert model.config.text_config.vocab_size == 330
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    after = forward(model, inputs).logits
+    assert after.shape[-1] == 330
+    torch.testing.assert_close(after[..., :320], before)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(model, inputs, use_reentrant):
+    model.train()
+    labels = inputs["input_ids"]
+    model(**inputs, labels=labels).loss.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model(**inputs, labels=labels).loss.backward()
+    assert model.is_gradient_checkpointing
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[name], msg=name)
+
+
+def test_every_parameter_learns(model, inputs):
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().any()]
+    assert idle == []
+
+
+def test_dropout_is_where_the_paper_has_it(strategy):
+    config = tiny_config(strategy)
+    config.vision_config.hidden_dropout = config.text_config.hidden_dropout = 0.1
+    model = NanoVLMForConditionalGeneration(config).train()
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert set(rates.values()) == {0.1}
+    assert {name.split(".")[1] for name in rates} == {"vision_tower", "multi_modal_projector", "language_model"}
+
+
+def test_bfloat16_stays_near_float32(tmp_path, model, inputs):
+    model.save_pretrained(tmp_path)
+    half = NanoVLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert half.dtype == torch.bfloat16
+    logits = forward(half, inputs).logits
+    assert logits.dtype == torch.bfloat16
+    seen = inputs["attention_mask"].bool()
+    want = forward(model, inputs).logits[seen]
+    assert (logits[seen].float() - want).norm() / want.norm() < 0.05
+
+
+def test_autocast(model, inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_first_weights():
+    config = tiny_config()
+    config.vision_config.hidden_size = 256
+    config.vision_config.intermediate_size = 1024
+    model = NanoVLMForConditionalGeneration(config)
+    embedding = model.model.vision_tower.patch_embedding
+    assert embedding.conv1.weight.std().item() == pytest.approx(768**-0.5, rel=0.1)
+    assert embedding.conv2.weight.std().item() == pytest.approx((9 * 256) ** -0.5, rel=0.1)
+    assert model.model.multi_modal_projector.fc1.weight.std().item() == pytest.approx(256**-0.5, rel=0.1)
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.3, rel=0.1)
+    config.vision_config.initializer_range = 0.02
+    plain = NanoVLMForConditionalGeneration(config)
+    assert plain.model.vision_tower.patch_embedding.conv2.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert plain.model.multi_modal_projector.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert plain.get_input_embeddings().weight.std().item() == pytest.approx(0.3, rel=0.1)
+
+
+def test_compiled_forward_is_one_graph(model, inputs):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(forward(compiled, inputs).logits, forward(model, inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code(inputs, strategy):
+    if strategy != "cls":
+        pytest.skip("one strategy is enough: the graph test covers the others")
+    model = tiny_model(strategy)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(forward(compiled, inputs).logits, forward(model, inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_export(model, inputs):
+    exported = torch.export.export(model, (), {**inputs, "use_cache": False, "return_dict": False}, strict=False)
+    logits = exported.module()(**inputs, use_cache=False, return_dict=False)[0]
+    torch.testing.assert_close(logits, forward(model, inputs).logits, atol=1e-5, rtol=1e-5)
