@@ -18,9 +18,7 @@ MODEL_AUTO_CLASSES = {
 }
 
 
-def save_with_code(
-    model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, folder: str | Path
-) -> None:
+def save_with_code(model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, folder: str | Path) -> None:
     """Saves a model and its processor with the code that loads them and the `auto_map` that names it.
 
     Transformers copies the files that the classes stand in, and those that these import.

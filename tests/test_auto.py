@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import picture, tiny_model, tiny_processor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -21,8 +22,6 @@ from transformers import (
 
 import nanovlm_hf
 from nanovlm_hf import hub
-
-from conftest import picture, tiny_model, tiny_processor
 
 EXCHANGE = os.environ.get("NANOVLM_EXCHANGE")
 
