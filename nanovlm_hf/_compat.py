@@ -51,6 +51,11 @@ def causal_mask(
     return create_causal_mask(**arguments)
 
 
+def mismatched_weights(loading_info: dict[str, Any]) -> list[str]:
+    """Names of the weights whose shape in the file is not the model's, out of `from_pretrained`'s loading info."""
+    return sorted(key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"])
+
+
 def make_tokenizer_portable(folder: str | Path) -> None:
     """Rewrites a saved `tokenizer_config.json` so that 4.57 and 5.x both load it.
 
@@ -65,4 +70,11 @@ def make_tokenizer_portable(folder: str | Path) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["IS_TRANSFORMERS_4", "AutoModelForVision2Seq", "causal_mask", "init", "make_tokenizer_portable"]
+__all__ = [
+    "IS_TRANSFORMERS_4",
+    "AutoModelForVision2Seq",
+    "causal_mask",
+    "init",
+    "make_tokenizer_portable",
+    "mismatched_weights",
+]

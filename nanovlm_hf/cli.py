@@ -26,7 +26,10 @@ class UsageError(InputError):
 
 @app.command()
 def complete(
-    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of photos.", show_default=False)],
+    photos: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(help="Photos, or folders of photos.", show_default="a portrait that Matplotlib ships"),
+    ] = None,
     prefix: Annotated[str, typer.Option(help="How the sentence begins; empty lets the model begin.")] = "",
     model: Annotated[str, typer.Option(help="A packaged model, a folder or a Hub id.")] = "mini-short",
     max_new_tokens: Annotated[
@@ -52,6 +55,7 @@ def complete(
     from . import completion
 
     _quiet()
+    photos = photos or [_sample_photo()]
     settings = {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
@@ -75,6 +79,15 @@ def complete(
                 print(f"{label}(blank picture) {text}", flush=True)
     if failed:
         raise Exit(FAILURE)
+
+
+def _sample_photo() -> Path:
+    """A photo for a first try: Grace Hopper, by the US Navy and so in the public domain."""
+    from matplotlib import get_data_path
+
+    path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    print(f"nanovlm: no photo given, this is of {path.name}, which Matplotlib ships", file=sys.stderr)
+    return path
 
 
 def _json_row(answer: object, prefix: str) -> dict:
@@ -127,7 +140,7 @@ def data_build(
 def data_tokenizer(
     dataset: Annotated[str, typer.Option(help="Folder or Hub id of a dataset that `nanovlm data build` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    vocab_size: Annotated[int, typer.Option(min=300, help="Entries, special tokens included.")] = 5120,
+    vocab_size: Annotated[int, typer.Option(min=261, help="Entries, special tokens included.")] = 5120,
 ) -> None:
     """Train a byte-level BPE tokenizer on the train splits' descriptions."""
     from .data.tokenizer import train_tokenizer_on

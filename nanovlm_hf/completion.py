@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 
+from ._compat import mismatched_weights
 from .checkpoints import PACKAGED
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError
@@ -73,17 +74,17 @@ def load_model(name: str) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProce
         )
         processor = NanoVLMProcessor(
             NanoVLMImageProcessor.from_pretrained(path),
-            _load_tokenizer(path),
+            PreTrainedTokenizerFast.from_pretrained(path),
             image_seq_length=config.image_seq_length,
         )
     except InputError:
         raise
     except Exception as error:  # Transformers, safetensors and huggingface_hub each have errors of their own
         raise InputError(f"{name}: cannot be loaded: {_first_line(error)}") from None
-    if report["mismatched_keys"]:
-        weight, found, wanted = sorted(report["mismatched_keys"])[0]
+    mismatched = mismatched_weights(report)
+    if mismatched:
         raise InputError(
-            f"{name}: weight {weight} is {tuple(found)}, config.json asks for {tuple(wanted)}: they are of two models"
+            f"{name}: weight {mismatched[0]} has another shape than config.json asks for: are they of two models?"
         )
     if report["missing_keys"]:
         raise InputError(f"{name}: the weights lack {sorted(report['missing_keys'])[0]}: save the model again")
@@ -212,12 +213,6 @@ def _locate(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{name}: this is no folder, no Hub id (org/name), and none of {', '.join(PACKAGED)}")
     return name
-
-
-def _load_tokenizer(path: str) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, NoReturn, Optional
 
 import yaml
 from transformers import HfArgumentParser
@@ -75,7 +75,6 @@ def read_arguments(argv: list[str]) -> TrainingArguments:
 
     Raises:
         InputError: for a file that is missing or no YAML, a key that is no field, and an impossible value.
-        SystemExit: with code 2, from argparse, for a value of the wrong type.
     """
     argv = list(argv)
     from_file: list[str] = []
@@ -86,8 +85,21 @@ def read_arguments(argv: list[str]) -> TrainingArguments:
         from_file = _yaml_as_argv(Path(argv[at + 1]))
         del argv[at : at + 2]
     parser = HfArgumentParser(TrainingArguments, prog="train.py", allow_abbrev=False)
+    parser.error = _refuse
     # The file's values pass through the same parser as the command line's, and so through the same checks.
-    return parser.parse_args_into_dataclasses(from_file + argv)[0]
+    arguments, unknown = parser.parse_args_into_dataclasses(from_file + argv, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"there is no field {unknown[0].lstrip('-')!r}{_did_you_mean(unknown[0].lstrip('-'))}")
+    return arguments
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InputError(message)
+
+
+def _did_you_mean(name: str) -> str:
+    near = difflib.get_close_matches(name, [one.name for one in fields(TrainingArguments)], n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _yaml_as_argv(path: Path) -> list[str]:
@@ -103,8 +115,7 @@ def _yaml_as_argv(path: Path) -> list[str]:
     argv = []
     for key, value in content.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            raise InputError(f"{path}: there is no field {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            raise InputError(f"{path}: there is no field {key!r}{_did_you_mean(str(key))}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]

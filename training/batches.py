@@ -142,7 +142,7 @@ class TrainingBatches(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         rows = self.rows(number)
         rng = np.random.default_rng((self.seed, self.process_index, number))
-        pixels = [torch.from_numpy(self.photos[row]) for row in rows]
+        pixels = [torch.from_numpy(self.photos[row].copy()) for row in rows]
         if self.augment:
             pixels = [augment(one, rng, not self.texts.has_side[row]) for one, row in zip(pixels, rows, strict=True)]
         return self.texts.pad(rows, rng) | {

@@ -1,0 +1,103 @@
+"""Makes a checkpoint to ship of a run: `python training/export.py runs/mini_short --out FOLDER --name mini-short`.
+
+Half precision, a generation config, the metrics, and a card whose numbers come from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+import yaml
+
+from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMProcessor
+
+CARD = Path(__file__).parent.parent / "hub_cards" / "model_card.md"
+# Found on validation photos with training/decoding.py: without it one text in five says a thing twice.
+GENERATION = {"max_new_tokens": 64, "do_sample": False, "no_repeat_ngram_size": 3}
+
+
+def export(run: Path, out: Path, name: str) -> None:
+    """Writes the best model of a run as a folder to ship.
+
+    Raises:
+        InputError: if the run has no best model, or the folder exists.
+    """
+    if not (run / "best" / "config.json").exists():
+        raise InputError(f"{run}: there is no best/ in this run: train it first")
+    if out.exists():
+        raise InputError(f"{out}: exists: remove it first")
+    model = NanoVLMForConditionalGeneration.from_pretrained(run / "best")
+    processor = NanoVLMProcessor.from_pretrained(run / "best")
+    model.generation_config.update(**GENERATION, suppress_tokens=[model.config.image_token_id])
+    metrics = best_metrics(run)
+    arguments = yaml.safe_load((run / "arguments.yaml").read_text(encoding="utf-8"))
+
+    aside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.half().save_pretrained(aside)
+    processor.save_pretrained(aside)
+    _load_as_float32(aside / "config.json")
+    (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (aside / "README.md").write_text(card(name, model, metrics, arguments), encoding="utf-8")
+    aside.rename(out)
+
+
+def best_metrics(run: Path) -> dict[str, Any]:
+    """The evaluation of the best model, and how fast and how long the run went."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
+    steps = [row for row in rows if "train_loss" in row]
+    at_best = [row for row in steps if row["step"] <= best["step"]]
+    return best | {"train_loss": at_best[-1]["train_loss"], "epoch": at_best[-1]["epoch"]}
+
+
+def card(name: str, model: torch.nn.Module, metrics: dict[str, Any], arguments: dict[str, Any]) -> str:
+    """The model card, its numbers out of the metrics."""
+    counts = model.config.parameter_counts()
+    fields = {
+        "name": name,
+        "variant": {"short": "ShortDesc", "long": "LongDesc"}[arguments["variant"]],
+        "preset": arguments["preset"],
+        "parameters": f"{counts['total'] / 1e6:.1f}M",
+        "shares": "/".join(
+            f"{100 * counts[part] / counts['total']:.0f}" for part in ("encoder", "projector", "decoder")
+        ),
+        "learning_rate": arguments["learning_rate"],
+        "batch_size": arguments["per_device_train_batch_size"],
+    }
+    fields |= {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in metrics.items()}
+    return Template(CARD.read_text(encoding="utf-8")).substitute(fields)
+
+
+def _load_as_float32(config: Path) -> None:
+    # Version 5 loads weights in the config's dtype, 4.57 in float32: one file must not give two logits.
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields["dtype"] = "float32"
+    for part in ("vision_config", "text_config"):
+        fields[part]["dtype"] = "float32"
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make a checkpoint to ship of a run.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    arguments = parser.parse_args()
+    try:
+        export(arguments.run, arguments.out, arguments.name)
+    except InputError as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
