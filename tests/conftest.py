@@ -1,8 +1,14 @@
 """Fixtures made by code: a tokenizer, tiny models and pictures."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported: no test may need the network
+# Before anything of Hugging Face is imported: no test may need the network, or fill or read the user's cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nanovlm-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from pathlib import Path

@@ -57,6 +57,14 @@ def test_streaming(built):
     assert rows[0]["image"].mode == "RGB"
 
 
+def test_a_dataset_built_anew_under_the_same_name_is_not_the_cached_one(tmp_path):
+    for photos in (30, 50):
+        sources = write_sources(tmp_path / str(photos) / "sources", photos=photos)
+        build(sources, tmp_path / str(photos) / "data")
+        dataset = load_dataset(str(tmp_path / str(photos) / "data"), "short")
+        assert sum(map(len, dataset.values())) == photos
+
+
 def test_a_photo_that_is_ready_is_kept_byte_for_byte(tmp_path):
     ready, large, png = tmp_path / "ready.jpg", tmp_path / "large.jpg", tmp_path / "picture.png"
     picture(size=(224, 224)).save(ready)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from datasets import Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm import tqdm
@@ -71,38 +73,44 @@ def build_dataset(
     if missing:
         raise InputError(f"{images}: {len(missing)} of the described photos are not there, first {missing[0]}")
 
+    configs: dict[str, dict[str, list[str]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for variant in VARIANTS:
         described = [photo for photo in photos if texts.get(photo.image_id, {}).get(variant)]
         if described:
-            counts[variant] = _write_config(described, texts, variant, images, out)
+            configs[variant] = _write_config(described, texts, variant, images, out)
+            of_split = Counter(split_of(photo.image_id) for photo in described)
+            counts[variant] = {split: of_split[split] for split in SPLITS if split in of_split}
     if not counts:
         raise InputError(f"{descriptions}: none of its image_ids is an id in {captions}")
-    (out / "README.md").write_text(_readme(counts), encoding="utf-8")
+    (out / "README.md").write_text(_readme(configs, counts), encoding="utf-8")
     return counts
 
 
 def _write_config(
     photos: list[Photo], texts: dict[int, dict[str, str]], variant: str, images: Path, out: Path
-) -> dict[str, int]:
-    (out / variant).mkdir(parents=True, exist_ok=True)
-    counts: Counter[str] = Counter()
-    with tqdm(total=len(photos), desc=variant, unit="photo") as bar:
+) -> dict[str, list[str]]:
+    """Writes the shards of a config and returns their names by split."""
+    folder = out / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob("*.parquet*"):  # of a build that was interrupted
+        left_over.unlink()
+    names: dict[str, list[str]] = {}
+    with tqdm(total=len(photos), desc=variant, unit="photo", mininterval=1) as bar:
         for split in SPLITS:
             members = [photo for photo in photos if split_of(photo.image_id) == split]
             shards = math.ceil(len(members) / ROWS_PER_SHARD)
             for shard in range(shards):
-                rows = members[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
-                path = out / variant / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
-                _write_shard(path, (_row(photo, texts[photo.image_id][variant], images) for photo in rows), bar)
-            if members:
-                counts[split] = len(members)
-    return dict(counts)
+                part = members[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
+                rows = (_row(photo, texts[photo.image_id][variant], images) for photo in part)
+                path = _write_shard(folder, f"{split}-{shard:05d}-of-{shards:05d}", rows, bar)
+                names.setdefault(split, []).append(f"{variant}/{path.name}")
+    return names
 
 
-def _write_shard(path: Path, rows: Iterator[dict[str, Any]], bar: tqdm) -> None:
+def _write_shard(folder: Path, name: str, rows: Iterator[dict[str, Any]], bar: tqdm) -> Path:
     # Not a name that `load_dataset` or anybody else would take for a finished shard.
-    aside = path.with_suffix(".parquet.partial")
+    aside = folder / f"{name}.parquet.partial"
     schema = FEATURES.arrow_schema
     with pq.ParquetWriter(aside, schema) as writer:
         group: list[dict[str, Any]] = []
@@ -114,7 +122,11 @@ def _write_shard(path: Path, rows: Iterator[dict[str, Any]], bar: tqdm) -> None:
                 group = []
         if group:
             writer.write_table(pa.Table.from_pylist(group, schema))
-    aside.rename(path)
+    # `load_dataset` caches a folder under its base name and the file names in its card: without the content in them,
+    # a dataset that is built anew would come out of the cache as it was before.
+    with aside.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return aside.rename(folder / f"{name}-{digest[:16]}.parquet")
 
 
 def _row(photo: Photo, description: str, images: Path) -> dict[str, Any]:
@@ -145,14 +157,19 @@ def jpeg_bytes(path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _readme(counts: dict[str, dict[str, int]]) -> str:
-    """The card's YAML head, by which `load_dataset(folder, "short")` finds the files."""
-    lines = ["---", "configs:"]
-    for variant, splits in counts.items():
-        lines += [f"- config_name: {variant}", "  data_files:"]
-        for split in splits:
-            lines += [f"  - split: {split}", f"    path: {variant}/{split}-*.parquet"]
-    lines += ["---", "", "| config | " + " | ".join(SPLITS) + " |", "|---" * (len(SPLITS) + 1) + "|"]
+def _readme(configs: dict[str, dict[str, list[str]]], counts: dict[str, dict[str, int]]) -> str:
+    """The card's YAML head, by which `load_dataset(folder, "short")` finds the files, and a table of the rows."""
+    head = {
+        "configs": [
+            {
+                "config_name": variant,
+                "data_files": [{"split": split, "path": names} for split, names in splits.items()],
+            }
+            for variant, splits in configs.items()
+        ]
+    }
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", ""]
+    lines += ["| config | " + " | ".join(SPLITS) + " |", "|---" * (len(SPLITS) + 1) + "|"]
     for variant, splits in counts.items():
         lines.append(f"| {variant} | " + " | ".join(str(splits.get(split, 0)) for split in SPLITS) + " |")
     return "\n".join(lines) + "\n"
