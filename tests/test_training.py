@@ -227,11 +227,11 @@ def texts(tokenizer):
     rows = [
         {
             "description": f"There is a big {colour} ball.",
-            "captions": [f"a {colour} ball", "a ball to the left of a dog"],
+            "captions": [f"a {colour} happy", "happy to the left of a soft"],
         }
         for colour in COLOURS
     ]
-    rows[1]["captions"] = ["a dog"]
+    rows[1]["captions"] = ["a soft"]
     return batches.TokenizedTexts(Dataset.from_list(rows), ["description", "captions"], tiny_processor(tokenizer))
 
 

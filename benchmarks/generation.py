@@ -1,0 +1,57 @@
+"""How much does the cache save in `generate()`, and how many tokens a second are there?
+
+`python benchmarks/generation.py` generates 32 tokens for one photo with and without cache, in turns.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration
+
+NEW_TOKENS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="mini")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    model = NanoVLMForConditionalGeneration(NanoVLMConfig.from_preset(arguments.preset)).eval()
+    input_ids = torch.randint(4, 5120, (arguments.batch_size, 5))
+    input_ids[:, 0] = model.config.image_token_id
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(arguments.batch_size, 3, 224, 224),
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "suppress_tokens": [model.config.image_token_id],
+        "do_sample": False,
+    }
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(arguments.rounds + 2):
+        for use_cache, values in seconds.items():
+            start = time.perf_counter()
+            model.generate(**inputs, use_cache=use_cache)
+            if number >= 2:
+                values.append(time.perf_counter() - start)
+    with_cache, without = (statistics.median(seconds[use_cache]) for use_cache in (True, False))
+    tokens = NEW_TOKENS * arguments.batch_size
+    print(
+        f"{arguments.preset}, batch {arguments.batch_size}, {NEW_TOKENS} tokens, float32, {arguments.threads} threads"
+    )
+    print(f"with cache    {tokens / with_cache:>8.1f} tokens/s")
+    print(f"without cache {tokens / without:>8.1f} tokens/s")
+    print(f"the cache makes it {without / with_cache:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()
