@@ -37,7 +37,7 @@ def toy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     sources = write_sources(folder / "sources", photos=160)
     build_dataset(sources / "captions.json", sources / "descriptions.jsonl", sources / "images", folder / "data")
-    train_tokenizer_on(str(folder / "data"), vocab_size=300).save_pretrained(folder / "tokenizer")
+    train_tokenizer_on(str(folder / "data"), vocab_size=312).save_pretrained(folder / "tokenizer")
     return folder
 
 
@@ -78,7 +78,7 @@ def metrics(out: Path) -> list[dict]:
 @pytest.mark.slow
 def test_the_script_trains_a_model_that_looks(tmp_path, toy):
     out = tmp_path / "run"
-    launch(toy, out, num_train_epochs=10, eval_steps=60)
+    launch(toy, out, num_train_epochs=8, eval_steps=60)
     rows = metrics(out)
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     evals = [row for row in rows if "eval_loss" in row]

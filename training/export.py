@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import yaml
+from arguments import read_arguments
+from transformers import GenerationConfig
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMProcessor
 
@@ -35,7 +37,8 @@ def export(run: Path, out: Path, name: str) -> None:
         raise InputError(f"{out}: exists: remove it first")
     model = NanoVLMForConditionalGeneration.from_pretrained(run / "best")
     processor = NanoVLMProcessor.from_pretrained(run / "best")
-    model.generation_config.update(**GENERATION, suppress_tokens=[model.config.image_token_id])
+    special = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special, **GENERATION, suppress_tokens=[model.config.image_token_id])
     metrics = best_metrics(run)
     arguments = yaml.safe_load((run / "arguments.yaml").read_text(encoding="utf-8"))
 
@@ -45,6 +48,9 @@ def export(run: Path, out: Path, name: str) -> None:
     processor.save_pretrained(aside)
     _load_as_float32(aside / "config.json")
     (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    for evidence in ("metrics.jsonl", "loss.png"):
+        shutil.copyfile(run / evidence, aside / evidence)
+    (aside / "model.safetensors").chmod(0o644)
     (aside / "README.md").write_text(card(name, model, metrics, arguments), encoding="utf-8")
     aside.rename(out)
 
@@ -69,11 +75,22 @@ def card(name: str, model: torch.nn.Module, metrics: dict[str, Any], arguments: 
         "shares": "/".join(
             f"{100 * counts[part] / counts['total']:.0f}" for part in ("encoder", "projector", "decoder")
         ),
-        "learning_rate": arguments["learning_rate"],
         "batch_size": arguments["per_device_train_batch_size"],
+        "command": _command(name.replace("-", "_"), arguments),
     }
     fields |= {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in metrics.items()}
     return Template(CARD.read_text(encoding="utf-8")).substitute(fields)
+
+
+def _command(config: str, arguments: dict[str, Any]) -> str:
+    """How to run the run again: its YAML file, and what was given anew on the command line."""
+    path = f"training/configs/{config}.yaml"
+    usual = vars(read_arguments(["--config", str(Path(__file__).parent.parent / path)]))
+    command = f"accelerate launch training/train.py --config {path}"
+    for field, value in arguments.items():
+        if value != usual[field] and field not in ("dataset", "output_dir", "resume", "tokenizer"):
+            command += f" --{field} {'/'.join(['runs', *Path(value).parts[-2:]]) if field == 'init_from' else value}"
+    return command
 
 
 def _load_as_float32(config: Path) -> None:
