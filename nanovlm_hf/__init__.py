@@ -52,7 +52,7 @@ def __dir__() -> list[str]:
 
 
 # The `nanovlm` command needs no Auto class: its --help and its messages need not wait seconds for PyTorch.
-if PurePath(sys.argv[0] if getattr(sys, "argv", None) else "").stem != "nanovlm":
+if PurePath(next(iter(getattr(sys, "argv", [])), "")).name not in ("nanovlm", "nanovlm.exe"):
     from . import auto as _auto  # noqa: F401
 
 __all__ = [

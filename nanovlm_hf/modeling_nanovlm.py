@@ -382,7 +382,7 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
             cache_position = torch.arange(length, device=inputs_embeds.device) + seen
         if position_ids is None:
             position_ids = _count_positions(attention_mask, cache_position)
-        self._check_positions(position_ids)
+        self._check_positions(position_ids, attention_mask)
 
         mask = causal_mask(self.config, inputs_embeds, attention_mask, cache_position, past_key_values, position_ids)
         hidden_states = self.dropout(inputs_embeds + self.position_embedding(position_ids))
@@ -407,12 +407,14 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def _check_positions(self, position_ids: torch.Tensor) -> None:
-        # A compiled graph cannot stop here; off the CPU the look would make every step wait for the device, and the
-        # device's own index check stops the run.
-        if torch.compiler.is_compiling() or position_ids.device.type != "cpu" or position_ids.numel() == 0:
+    def _check_positions(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        entries = self.config.max_position_embeddings
+        if torch.compiler.is_compiling() or position_ids.numel() == 0:
             return
-        last, entries = int(position_ids.max()), self.config.max_position_embeddings
+        # A mask that is short enough answers without waiting for a GPU.
+        if position_ids.device.type != "cpu" and attention_mask is not None and attention_mask.shape[-1] <= entries:
+            return
+        last = int(position_ids.max())
         if last >= entries:
             raise ValueError(
                 f"the sequence reaches position {last + 1}, this model has {entries} (image tokens included): "

@@ -15,6 +15,7 @@ import pytest
 import torch
 import train as train_script
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from arguments import read_arguments
 from conftest import picture, tiny_model, tiny_processor
 from objective import CompletionObjective
@@ -132,6 +133,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, toy):
         for name in ("whole", "killed")
     ]
     assert digests[0] == digests[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state a process, which other tests set."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from photo_store import decode_once
 from run_folder import RunFolder, parameter_groups
 from tqdm import tqdm
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
 
 from nanovlm_hf import (
     InputError,
@@ -39,14 +40,15 @@ def train(arguments: TrainingArguments) -> RunFolder:
     """
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.cuda.is_available())
     set_seed(arguments.seed)
+    disable_progress_bar()  # of saving, which would tear the run's own
     splits = _load_splits(arguments)
     model, processor = _model_and_processor(arguments)
     run = RunFolder(arguments.output_dir, arguments.resume)
 
     with accelerator.local_main_process_first():
         photos = {name: decode_once(split, processor.image_processor) for name, split in splits.items()}
-    texts = {name: TokenizedTexts(split, arguments.texts, processor) for name, split in splits.items()}
-    judged = {"validation": TokenizedTexts(splits["validation"], arguments.texts[:1], processor)}["validation"]
+    texts = TokenizedTexts(splits["train"], arguments.texts, processor)
+    judged = TokenizedTexts(splits["validation"], arguments.texts[:1], processor)
 
     photos_per_step = (
         arguments.per_device_train_batch_size * accelerator.num_processes * arguments.gradient_accumulation_steps
@@ -56,7 +58,7 @@ def train(arguments: TrainingArguments) -> RunFolder:
     steps = math.ceil(arguments.num_train_epochs * len(photos["train"]) / photos_per_step)
     batches = TrainingBatches(
         photos["train"],
-        texts["train"],
+        texts,
         processor.image_processor,
         vocab_size=model.config.text_config.vocab_size,
         batch_size=arguments.per_device_train_batch_size,
@@ -114,7 +116,7 @@ def train(arguments: TrainingArguments) -> RunFolder:
         disable=not accelerator.is_main_process,
         mininterval=2,
     )
-    window = {"loss": torch.zeros((), device=accelerator.device), "tokens": 0, "start": time.perf_counter(), "steps": 0}
+    meter = Meter(accelerator.device)
     while progress["step"] < steps:
         step_batches = [next(stream) for _ in range(accumulated)]
         # One seed a step, so that a resumed run draws the dropout that it would have drawn.
@@ -125,22 +127,17 @@ def train(arguments: TrainingArguments) -> RunFolder:
         schedule.step()
         optimizer.zero_grad()
         progress["step"] += 1
-        window["loss"] += loss
-        window["tokens"] += tokens
-        window["steps"] += 1
+        meter.add(loss, tokens, photos_per_step)
         bar.update(photos_per_step)
 
         step = progress["step"]
         if step % arguments.logging_steps == 0 or step == steps:
-            seconds = time.perf_counter() - window["start"]
             row = {
                 "step": step,
                 "epoch": round(step * photos_per_step / len(photos["train"]), 3),
-                "train_loss": (window["loss"] / window["steps"]).item(),
                 "learning_rate": schedule.get_last_lr()[0],
                 "grad_norm": float(grad_norm),
-                "images_per_second": round(window["steps"] * photos_per_step / seconds, 1),
-                "tokens_per_second": round(window["tokens"] / seconds, 1),
+                **meter.read(),
             }
             if not math.isfinite(row["train_loss"]):
                 raise InputError(
@@ -154,12 +151,38 @@ def train(arguments: TrainingArguments) -> RunFolder:
         if step % arguments.save_steps == 0 or step == steps:
             run.save_state(accelerator, progress)
         if step % arguments.logging_steps == 0:
-            window |= {"loss": torch.zeros_like(window["loss"]), "tokens": 0, "start": time.perf_counter(), "steps": 0}
+            meter = Meter(accelerator.device)  # after the evaluation, whose time is not the step's
     if accelerator.is_main_process:
         run.save_model("last", model, processor)
     bar.close()
     accelerator.end_training()
     return run
+
+
+class Meter:
+    """The mean loss and the speed since it was made; the loss is read from the device only when asked for."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.steps = self.tokens = self.images = 0
+        self.start = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, tokens: int, images: int) -> None:
+        """Counts a step."""
+        self.loss += loss
+        self.steps += 1
+        self.tokens += tokens
+        self.images += images
+
+    def read(self) -> dict[str, float]:
+        """`train_loss` in nats per token, `images_per_second` and `tokens_per_second` over all processes."""
+        loss = (self.loss / self.steps).item()
+        seconds = time.perf_counter() - self.start
+        return {
+            "train_loss": loss,
+            "images_per_second": round(self.images / seconds, 1),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+        }
 
 
 def _step(
