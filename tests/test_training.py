@@ -18,12 +18,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from arguments import read_arguments
 from conftest import picture, tiny_model, tiny_processor
+from decoding import repeats
+from export import export
 from objective import CompletionObjective
 from PIL import Image
 from run_folder import parameter_groups
 from toy_data import COLOURS, square, write_sources
 
-from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor
+from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor
 from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.tokenizer import train_tokenizer_on
 
@@ -101,6 +103,18 @@ def test_the_script_trains_a_model_that_looks(tmp_path, toy):
     )
     right = sum(colour in text for text, (_, colour) in zip(texts, unseen, strict=True))
     assert right >= 14, texts
+
+    export(out, tmp_path / "shipped", "mini-short")
+    shipped, report = NanoVLMForConditionalGeneration.from_pretrained(tmp_path / "shipped", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert shipped.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(shipped.eval()(**inputs).logits, model(**inputs).logits, atol=0.05, rtol=0)
+    assert json.loads((tmp_path / "shipped" / "metrics.json").read_text())["eval_loss"] == best["eval_loss"]
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert f"| {best['eval_loss']:.3f} |" in card
+    assert "--per_device_train_batch_size 8" in card
+    assert str(tmp_path) not in card
 
 
 @pytest.mark.slow
@@ -185,6 +199,16 @@ def test_wrong_fields(run, tmp_path, yaml, options, message):
 def test_missing_config(run, tmp_path):
     code, errors = run("--config", tmp_path / "none.yaml")
     assert (code, errors) == (2, f"train.py: {tmp_path / 'none.yaml'}: there is no such file\n")
+
+
+def test_a_run_without_a_best_model_is_not_exported(tmp_path):
+    with pytest.raises(InputError, match="there is no best/ in this run"):
+        export(tmp_path, tmp_path / "out", "mini-short")
+
+
+def test_repeats_are_three_words_in_a_row():
+    assert repeats("a black hat and a black hat")
+    assert not repeats("a black hat and a black coat")
 
 
 @pytest.mark.parametrize(
