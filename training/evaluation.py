@@ -35,7 +35,7 @@ def evaluate(
     sums = np.zeros((len(photos), 3))  # loss with the right photo, with the wrong one, tokens
     features = []
     for start in range(0, len(photos), BATCH_SIZE):
-        pixel_values = normalise(torch.from_numpy(photos[start : start + BATCH_SIZE]), image_processor)
+        pixel_values = normalise(torch.from_numpy(photos[start : start + BATCH_SIZE].copy()), image_processor)
         features.append(objective.encode(pixel_values.to(device)).float())
     right = torch.cat(features)
     wrong = right.roll(1, dims=0)
