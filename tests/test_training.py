@@ -22,7 +22,7 @@ from decoding import repeats
 from export import export
 from objective import CompletionObjective
 from PIL import Image
-from run_folder import parameter_groups
+from run_folder import RunFolder, parameter_groups
 from toy_data import COLOURS, square, write_sources
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor
@@ -235,6 +235,16 @@ def test_another_runs_folder_is_not_overwritten(run, tmp_path, toy):
     assert code == 1
     assert "holds a run: add --resume true" in errors
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train_loss": 3.0}\n'
+
+
+def test_a_kill_between_two_renames_loses_no_state(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "train_loss": 3.0}\n')
+    for name in ("state.previous", "best.previous", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "whose").write_text(name)
+    RunFolder(tmp_path, resume=True)
+    assert (tmp_path / "state" / "whose").read_text() == "state.previous"
+    assert (tmp_path / "best" / "whose").read_text() == "best"
 
 
 def test_the_command_line_wins_over_the_file():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from arguments import read_arguments
+from run_folder import RunFolder
 from transformers import GenerationConfig
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMProcessor
@@ -57,8 +58,8 @@ def export(run: Path, out: Path, name: str) -> None:
 
 
 def best_metrics(run: Path) -> dict[str, Any]:
-    """The evaluation of the best model, and how fast and how long the run went."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The evaluation of the best model, with the training loss and the epoch at that step."""
+    rows = RunFolder(run, resume=True).rows()
     best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
     steps = [row for row in rows if "train_loss" in row]
     at_best = [row for row in steps if row["step"] <= best["step"]]

@@ -22,6 +22,9 @@ class RunFolder:
         if self.metrics_path.exists() and not resume:
             raise InputError(f"output_dir: {self.path} holds a run: add --resume true to go on, or name another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        for previous in self.path.glob("*.previous"):  # a kill came between the two renames of `_replace`
+            if not previous.with_suffix("").exists():
+                previous.rename(previous.with_suffix(""))
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line of metrics."""
@@ -107,7 +110,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def _replace(new: Path, old: Path) -> None:
-    """Puts a folder in another's place; a kill between the two renames leaves the older one as `.previous`."""
+    """Puts a folder in another's place; a kill between the renames leaves `.previous`, which `RunFolder` puts back."""
     previous = old.with_name(f"{old.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if old.exists():
