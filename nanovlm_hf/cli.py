@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .completion import Completion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Small vision-language models for Transformers.")
 data_app = typer.Typer(no_args_is_help=True, help="Make datasets and tokenizers.")
@@ -90,7 +93,7 @@ def _sample_photo() -> Path:
     return path
 
 
-def _json_row(answer: object, prefix: str) -> dict:
+def _json_row(answer: Completion, prefix: str) -> dict:
     row = {"photo": str(answer.photo), "prefix": prefix}
     if answer.error is not None:
         return row | {"error": answer.error}
@@ -143,10 +146,12 @@ def data_tokenizer(
     vocab_size: Annotated[int, typer.Option(min=261, help="Entries, special tokens included.")] = 5120,
 ) -> None:
     """Train a byte-level BPE tokenizer on the train splits' descriptions."""
+    from ._compat import make_tokenizer_portable
     from .data.tokenizer import train_tokenizer_on
 
     tokenizer = train_tokenizer_on(dataset, vocab_size)
     tokenizer.save_pretrained(out)
+    make_tokenizer_portable(out)
     print(f"{out}: {len(tokenizer)} entries")
 
 
@@ -180,6 +185,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # `nanovlm complete folder | head` has read enough
         code = 0
+    except OSError as error:  # a folder that may not be written, a full disk
+        print(f"nanovlm: {error}", file=sys.stderr)
+        code = FAILURE
     sys.exit(code)
 
 

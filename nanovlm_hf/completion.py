@@ -84,7 +84,7 @@ def load_model(name: str) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProce
     mismatched = mismatched_weights(report)
     if mismatched:
         raise InputError(
-            f"{name}: weight {mismatched[0]} has another shape than config.json asks for: are they of two models?"
+            f"{name}: weight {mismatched[0]} has another shape than config.json asks for: take both from one model"
         )
     if report["missing_keys"]:
         raise InputError(f"{name}: the weights lack {sorted(report['missing_keys'])[0]}: save the model again")

@@ -269,12 +269,23 @@ def test_data_commands(run, tmp_path):
     assert lines[0].startswith("short: ")
     assert run("data", "tokenizer", "--dataset", out, "--out", tmp_path / "tokenizer", "--vocab-size", 290)[0] == 0
     assert (tmp_path / "tokenizer" / "tokenizer.json").exists()
+    fields = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"  # which Transformers 4.57 and 5 both have
     code, _, errors = run("data", "tokenizer", "--dataset", tmp_path / "nothing", "--out", tmp_path / "t")
     assert code == 1
     assert "cannot be loaded as a dataset" in only_line(errors)
     code, _, errors = run("data", "build", *arguments, "--images", sources / "images", "--out", out)
     assert code == 1
     assert "there is a dataset already" in only_line(errors[-1:])
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path):
+    sources = write_sources(tmp_path / "sources", photos=5)
+    (tmp_path / "file").write_text("not a folder")
+    arguments = ["--captions", sources / "captions.json", "--descriptions", sources / "descriptions.jsonl"]
+    code, _, errors = run("data", "build", *arguments, "--images", sources / "images", "--out", tmp_path / "file" / "x")
+    assert code == 1
+    assert str(tmp_path / "file") in only_line(errors)
 
 
 def test_the_installed_command_needs_no_pytorch_for_help():
