@@ -4,16 +4,16 @@
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from timing import median_seconds
 
 IMPORT = "import torch, transformers; from transformers import AutoModelForImageTextToText"
 # What every Transformers model has to import; version 5 puts it off until a model is loaded.
@@ -36,14 +36,12 @@ def main() -> None:
             "nanovlm --help": [nanovlm, "--help"],
             "nanovlm complete photo.jpg": [nanovlm, "complete", photo, "--prefix", "There is a big"],
         }
-        seconds: dict[str, list[float]] = {name: [] for name in commands}
-        for number in range(rounds + 1):
-            for name, command in commands.items():
-                start = time.perf_counter()
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
-                if number:  # the first round warms the disk's cache
-                    seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+
+        def runner(command: list) -> Callable[[int], object]:
+            return lambda number: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+
+        # The first round warms the disk's cache.
+        medians = median_seconds({name: runner(command) for name, command in commands.items()}, rounds, warm_up=1)
     reference, with_model = list(medians.values())[:2]
     print(f"Transformers {installed_version('transformers')}, median of {rounds}")
     print(f"{'command':<44} {'seconds':>8} {'to the first':>13} {'to the second':>14}")

@@ -4,10 +4,9 @@
 """
 
 import argparse
-import statistics
-import time
 
 import torch
+from timing import median_seconds
 
 from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration
 
@@ -36,14 +35,11 @@ def main() -> None:
         "suppress_tokens": [model.config.image_token_id],
         "do_sample": False,
     }
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(arguments.rounds + 2):
-        for use_cache, values in seconds.items():
-            start = time.perf_counter()
-            model.generate(**inputs, use_cache=use_cache)
-            if number >= 2:
-                values.append(time.perf_counter() - start)
-    with_cache, without = (statistics.median(seconds[use_cache]) for use_cache in (True, False))
+    calls = {
+        "with cache": lambda number: model.generate(**inputs, use_cache=True),
+        "without": lambda number: model.generate(**inputs, use_cache=False),
+    }
+    with_cache, without = median_seconds(calls, arguments.rounds, warm_up=2).values()
     tokens = NEW_TOKENS * arguments.batch_size
     print(
         f"{arguments.preset}, batch {arguments.batch_size}, {NEW_TOKENS} tokens, float32, {arguments.threads} threads"

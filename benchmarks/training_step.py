@@ -6,15 +6,14 @@ model's step on one fixed batch in memory, and a hand-written PyTorch model of t
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from plain_model import PlainNanoVLM
+from timing import median_seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
@@ -95,15 +94,7 @@ def main() -> None:
         "project, one batch in memory": project_loop(config, batches, fixed=True),
         "plain PyTorch, one batch in memory": plain_loop(config, batches[0]),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(arguments.rounds + 3):
-        for name, step in loops.items():
-            start = time.perf_counter()
-            step(number)
-            if number >= 3:
-                seconds[name].append(time.perf_counter() - start)
-
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    median = median_seconds(loops, arguments.rounds, warm_up=3)
     whole = median["project, data path included"]
     print(f"{arguments.preset}, batch {arguments.batch_size}, bf16 autocast, {arguments.threads} threads")
     print(f"{'loop':<36} {'images/s':>8} {'project is':>11}")
