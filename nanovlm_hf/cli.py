@@ -10,21 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from .errors import InputError
+from .data.cli import app as data_app
+from .errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from .completion import Completion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Small vision-language models for Transformers.")
-data_app = typer.Typer(no_args_is_help=True, help="Make datasets and tokenizers.")
 app.add_typer(data_app, name="data")
 
 WRONG_USE = 2
 FAILURE = 1
-
-
-class UsageError(InputError):
-    """A wrong call of the command: exit code 2."""
 
 
 @app.command()
@@ -123,36 +119,6 @@ def info(
     print(f"{'part':<10} {'parameters':>12} {'share':>6}  shape")
     for part, count in counts.items():
         print(f"{part:<10} {count:>12,} {100 * count / counts['total']:>5.1f}%  {shapes[part]}")
-
-
-@data_app.command("build")
-def data_build(
-    captions: Annotated[Path, typer.Option(help="COCO caption annotations (captions_*.json).")],
-    descriptions: Annotated[Path, typer.Option(help="JSONL with image_id and short, long or both.")],
-    images: Annotated[Path, typer.Option(help="Folder of the photos.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-) -> None:
-    """Write ShortDesc and LongDesc as Parquet that `load_dataset` opens."""
-    from .data.build import build_dataset
-
-    for variant, counts in build_dataset(captions, descriptions, images, out).items():
-        print(f"{variant}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
-
-
-@data_app.command("tokenizer")
-def data_tokenizer(
-    dataset: Annotated[str, typer.Option(help="Folder or Hub id of a dataset that `nanovlm data build` wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    vocab_size: Annotated[int, typer.Option(min=261, help="Entries, special tokens included.")] = 5120,
-) -> None:
-    """Train a byte-level BPE tokenizer on the train splits' descriptions."""
-    from ._compat import make_tokenizer_portable
-    from .data.tokenizer import train_tokenizer_on
-
-    tokenizer = train_tokenizer_on(dataset, vocab_size)
-    tokenizer.save_pretrained(out)
-    make_tokenizer_portable(out)
-    print(f"{out}: {len(tokenizer)} entries")
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""The one error that a user's input causes and a user can mend."""
+"""The errors that a user's input causes and a user can mend."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The `nanovlm` command and `training/train.py` print the line without a traceback.
     """
+
+
+class UsageError(InputError):
+    """A wrong call of the command: exit code 2."""

@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 # Before anything of Hugging Face is imported: no test may need the network, or fill or read the user's cache.
@@ -18,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor
+from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor, cli
 from nanovlm_hf.data.tokenizer import train_tokenizer
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "yellow": (220, 210, 40)}
@@ -110,3 +112,39 @@ def saved(tmp_path_factory, tokenizer) -> Path:
     tiny_model().save_pretrained(folder)
     tiny_processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the command in this process: exit code, lines of the output, lines of the errors."""
+
+    def call(*arguments) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["nanovlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out.splitlines(), printed.err.splitlines()
+
+    return call
+
+
+def only_line(errors: list[str]) -> str:
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("nanovlm: ")
+    return errors[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a tmpfs of a size; the test is skipped where mounting is not allowed."""
+    disk = tmp_path / "disk"
+
+    def make(size: str) -> Path:
+        disk.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a tmpfs is not allowed here")
+        return disk
+
+    yield make
+    subprocess.run(["umount", "--lazy", disk], capture_output=True)

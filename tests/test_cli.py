@@ -7,28 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture, tiny_model, tiny_processor
+from conftest import only_line, picture, tiny_model, tiny_processor
 from safetensors.torch import load_file, save_file
 from test_photos import png_header
 from toy_data import write_sources
 
-from nanovlm_hf import NanoVLMConfig, cli
+from nanovlm_hf import NanoVLMConfig
 from nanovlm_hf.checkpoints import PACKAGED
 from nanovlm_hf.completion import BATCH_SIZE
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs the command in this process: exit code, lines of the output, lines of the errors."""
-
-    def call(*arguments) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["nanovlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        return stop.value.code, printed.out.splitlines(), printed.err.splitlines()
-
-    return call
 
 
 @pytest.fixture
@@ -36,12 +22,6 @@ def photo(tmp_path) -> Path:
     path = tmp_path / "photo.png"
     picture().save(path)
     return path
-
-
-def only_line(errors: list[str]) -> str:
-    assert len(errors) == 1, errors
-    assert errors[0].startswith("nanovlm: ")
-    return errors[0]
 
 
 def test_one_photo_gives_one_line(run, saved, photo):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 
 VARIANTS = ("short", "long")
 
 
-@dataclass
+@dataclass(slots=True)
 class Photo:
-    """A photo of the annotations: its id, file name, where it comes from, and its captions."""
+    """A photo of the annotations: its id, file name, where it comes from, its address if it has one, its captions."""
 
     image_id: int
     file_name: str
     source: str
+    coco_url: str | None = None
     captions: list[str] = field(default_factory=list)
 
 
@@ -34,19 +37,58 @@ def read_captions(path: str | Path) -> list[Photo]:
     if not isinstance(content.get("annotations"), list):
         raise InputError(f"{path}: no list 'annotations' in it: give a COCO captions_*.json")
     photos: dict[int, Photo] = {}
+    source = _source_of(Path(path).stem)
     for number, row in enumerate(content["images"]):
         image_id = _field(path, f"images[{number}]", row, "id", int)
         if image_id in photos:
             raise InputError(f"{path}: images[{number}].id: {image_id} is there twice: remove one")
         file_name = _field(path, f"images[{number}]", row, "file_name", str)
-        photos[image_id] = Photo(image_id, file_name, str(row.get("source", Path(path).stem)))
+        url = row.get("coco_url")
+        photos[image_id] = Photo(
+            image_id, file_name, row.get("source") or source, url if isinstance(url, str) else None
+        )
     for number, row in enumerate(content["annotations"]):
         image_id = _field(path, f"annotations[{number}]", row, "image_id", int)
         caption = _field(path, f"annotations[{number}]", row, "caption", str)
         if image_id not in photos:
             raise InputError(f"{path}: annotations[{number}].image_id: no image has the id {image_id}")
-        photos[image_id].captions.append(" ".join(caption.split()))
+        if caption := " ".join(caption.split()):
+            photos[image_id].captions.append(caption)
     return list(photos.values())
+
+
+def read_all_captions(paths: Iterable[str | Path]) -> list[Photo]:
+    """As `read_captions`, of several files, whose ids must be distinct (those of COCO's train and val of a year are).
+
+    Raises:
+        InputError: also if an id is in two files.
+    """
+    photos: dict[int, Photo] = {}
+    for path in paths:
+        for photo in read_captions(path):
+            if photo.image_id in photos:
+                raise InputError(
+                    f"{path}: the id {photo.image_id} is in another --captions file too: give one of the two"
+                )
+            photos[photo.image_id] = photo
+    return list(photos.values())
+
+
+def shard_of(photos: list[Photo], num_shards: int, shard_index: int) -> list[Photo]:
+    """Every `num_shards`-th photo from `shard_index` on: what one of several machines works on.
+
+    Raises:
+        UsageError: if there is no such shard.
+    """
+    if not 0 <= shard_index < num_shards:
+        raise UsageError(f"--shard-index {shard_index}: with --num-shards {num_shards} it is 0 to {num_shards - 1}")
+    return photos[shard_index::num_shards]
+
+
+def _source_of(stem: str) -> str:
+    """`captions_train2017` is COCO's own name for its train split of 2017."""
+    match = re.fullmatch(r"captions_((?:train|val)20\d\d)", stem)
+    return f"coco-{match[1]}" if match else stem
 
 
 def read_descriptions(path: str | Path) -> dict[int, dict[str, str]]:
@@ -56,7 +98,7 @@ def read_descriptions(path: str | Path) -> dict[int, dict[str, str]]:
         InputError: if the file is missing, a line is no such object, or an id is there twice.
     """
     descriptions: dict[int, dict[str, str]] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         where = f"line {number}"
         try:
             row = json.loads(line)
@@ -72,7 +114,17 @@ def read_descriptions(path: str | Path) -> dict[int, dict[str, str]]:
     return descriptions
 
 
-def _read_text(path: str | Path) -> str:
+def _lines(path: str | Path) -> Iterator[str]:
+    # Not `splitlines`: JSON may hold the other line ends of Unicode as they are.
+    return (line for line in read_text(path).rstrip("\n").split("\n"))
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        InputError: if there is none.
+    """
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -85,7 +137,7 @@ def _read_text(path: str | Path) -> str:
 
 def _read_json(path: str | Path) -> Any:
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
 

@@ -1,0 +1,107 @@
+"""Publishing a dataset on the Hub as two repositories, ShortDesc and LongDesc, each with one config."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import httpx
+import requests
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..errors import InputError, UsageError
+from .card import NAMES, write_card
+from .sources import VARIANTS
+
+
+def write_repositories(
+    dataset: str | Path, out: str | Path, license: str = "other", about: str = "", namespace: str | None = None
+) -> list[Path]:
+    """Writes a folder for each variant as it is on the Hub: Parquet files, card, statistics.
+
+    Args:
+        dataset: folder that `nanovlm data build` wrote.
+        out: folder in which `ShortDesc` and `LongDesc` are made.
+        license, about: for the cards, as `write_card`.
+        namespace: user or organization that the cards name.
+
+    Raises:
+        InputError: if the dataset is not whole, or a folder to be made is there.
+    """
+    dataset, out = Path(dataset), Path(out)
+    if not (dataset / "README.md").exists():
+        raise InputError(f"{dataset}: no finished dataset: build it first (`nanovlm data build`)")
+    variants = [variant for variant in VARIANTS if (dataset / variant).is_dir()]
+    if not variants:
+        raise InputError(f"{dataset}: neither `short` nor `long` in it: build it with `nanovlm data build`")
+    folders = []
+    for variant in variants:
+        folder = out / NAMES[variant]
+        if folder.exists():
+            raise InputError(f"{folder}: it is there already: name another folder or remove it")
+        shutil.copytree(dataset / variant, folder / variant, copy_function=_link_or_copy)
+        address = f"{namespace}/{NAMES[variant]}" if namespace else NAMES[variant]
+        write_card(folder, license, about, address)
+        folders.append(folder)
+    return folders
+
+
+def push_dataset(
+    dataset: str | Path, namespace: str, license: str = "other", about: str = "", *, private: bool = False
+) -> list[str]:
+    """Uploads a dataset as `namespace/ShortDesc` and `namespace/LongDesc`, one commit each.
+
+    Shards of an earlier upload leave with the same commit. The token is the one that `hf auth login` or `HF_TOKEN`
+    gives; it is never printed.
+
+    Returns:
+        The repositories' addresses.
+
+    Raises:
+        UsageError: if there is no token.
+        InputError: if the Hub refuses it or cannot be reached; the repository is then as it was.
+    """
+    if get_token() is None:
+        raise UsageError("no Hub token: run `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    addresses = []
+    with tempfile.TemporaryDirectory() as stage:
+        folders = write_repositories(dataset, stage, license, about, namespace)
+        for folder in folders:
+            repository = f"{namespace}/{folder.name}"
+            try:
+                api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
+                api.upload_folder(
+                    repo_id=repository,
+                    repo_type="dataset",
+                    folder_path=folder,
+                    delete_patterns=["*.parquet"],
+                    commit_message=f"Upload {folder.name}",
+                )
+            except HfHubHTTPError as error:
+                raise InputError(f"{repository}: {_reason(error)}") from None
+            except (requests.ConnectionError, requests.Timeout, httpx.TransportError) as error:
+                raise InputError(
+                    f"{repository}: the Hub cannot be reached ({type(error).__name__}): run again, it was not changed"
+                ) from None
+            addresses.append(f"{api.endpoint}/datasets/{repository}")
+    return addresses
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    status = error.response.status_code if error.response is not None else None
+    if status == 401:
+        return "the Hub does not accept the token (401): run `hf auth login`"
+    if status == 403:
+        return "the token may not write there (403): it needs the role `write` in that namespace"
+    return f"the Hub refuses it ({error.server_message or str(error).splitlines()[0]})"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copy2(source, target)
