@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import httpx
-import requests
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -81,17 +79,17 @@ def push_dataset(
                     delete_patterns=["*.parquet"],
                     commit_message=f"Upload {folder.name}",
                 )
-            except HfHubHTTPError as error:
+            except Exception as error:  # requests', httpx2's or RuntimeError, by the version of huggingface_hub
                 raise InputError(f"{repository}: {_reason(error)}") from None
-            except (requests.ConnectionError, requests.Timeout, httpx.TransportError) as error:
-                raise InputError(
-                    f"{repository}: the Hub cannot be reached ({type(error).__name__}): run again, it was not changed"
-                ) from None
             addresses.append(f"{api.endpoint}/datasets/{repository}")
     return addresses
 
 
-def _reason(error: HfHubHTTPError) -> str:
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    if not isinstance(error, HfHubHTTPError):
+        return f"the Hub cannot be reached ({type(error).__name__}): run again, it was not changed"
     status = error.response.status_code if error.response is not None else None
     if status == 401:
         return "the Hub does not accept the token (401): run `hf auth login`"
