@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -56,7 +57,9 @@ class Server:
 
     def note(self, content, status):
         label = re.search(r"photo (\d+)", content)
-        self.log.write(json.dumps({"photo": label and int(label[1]), "status": status}) + "\n")
+        self.log.write(
+            json.dumps({"photo": label and int(label[1]), "status": status, "time": time.monotonic()}) + "\n"
+        )
         self.log.flush()
 
     def completion(self, body, fault):

@@ -399,6 +399,10 @@ def test_a_thousand_photos_a_fifth_of_them_faulty_and_five_kills(tmp_path):
         statuses = Counter(entry["status"] for entry in server.entries())
         assert sum(count for status, count in statuses.items() if status != "good") > 0.15 * PHOTOS
         assert {"429", "500", "hang", "reset", "malformed", "html", "length", "empty", "refusal"} <= set(statuses)
+        told_to_wait = {entry["photo"]: entry["time"] for entry in server.entries() if entry["status"] == "429"}
+        for entry in server.entries():  # Retry-After was 0.2 seconds
+            waited = entry["time"] - told_to_wait.get(entry["photo"], -1.0)
+            assert waited <= 0 or waited >= 0.2
     described, rejected = account_for(tmp_path / "calm-out")
     assert len(described) > 0.95 * PHOTOS
     reasons = {reason for row in rows(tmp_path / "calm-out" / "rejected.jsonl") for reason in row["reasons"]}

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 from openai.types.chat import ChatCompletion
 
+from ..files import written_whole
 from .client import Endpoint, EndpointError, Outcome, one_line, reply_of, spent, stop_if_hopeless
 from .prices import BATCH_DISCOUNT, estimate_tokens
 from .replies import ChatRequest, ReplyStore
@@ -119,22 +120,21 @@ class _Batches:
     def _write(self, part: list[ChatRequest]) -> Path:
         number = 1 + max((int(path.stem) for path in self.folder.glob("*.jsonl")), default=0)
         path = self.folder / f"{number:05d}.jsonl"
-        aside = path.with_suffix(".partial")
-        with aside.open("w", encoding="utf-8") as file:
+        with written_whole(path) as file:
             for request in part:
                 body = {"model": self.endpoint.model, "messages": request.messages} | request.parameters
                 line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return aside.rename(path)
+        return path
 
     def _note_of(self, path: Path) -> dict[str, Any]:
         note = path.with_suffix(".json")
         return json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
 
     def _note(self, path: Path, **fields: Any) -> None:
-        aside = path.with_suffix(".note")
-        aside.write_text(json.dumps(self._note_of(path) | fields), encoding="utf-8")
-        aside.rename(path.with_suffix(".json"))
+        content = json.dumps(self._note_of(path) | fields)
+        with written_whole(path.with_suffix(".json")) as file:
+            file.write(content)
 
     def _send(self, path: Path) -> str:
         """Sends a job unless it was sent before; returns its id."""

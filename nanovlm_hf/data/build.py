@@ -24,6 +24,7 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import written_whole
 from ..image_processing_nanovlm import to_rgb
 from ..photos import open_photo
 from .card import write_card
@@ -82,9 +83,9 @@ def build_dataset(
         about: Markdown for the card: where texts and photos come from.
 
     Raises:
-        InputError: if an input is missing or malformed, no photo is described, or more than 1% cannot be read.
+        InputError: if an input is missing or malformed, no photo is described, more than 1% cannot be read, or the
+            disk is full.
         UsageError: if there is no such shard.
-        OSError: if the folder cannot be written.
     """
     photos = shard_of(read_captions(captions), num_shards, shard_index)
     texts = read_descriptions(descriptions)
@@ -134,7 +135,13 @@ class Builder:
         summary, skipped, rows = BuildSummary(), [], Counter()
         with tqdm(total=len(photos), unit="photo", mininterval=1) as bar:
             for number, first in enumerate(range(0, len(photos), PHOTOS_PER_PART)):
-                part = self._part(number, photos[first : first + PHOTOS_PER_PART], texts, bar)
+                try:
+                    part = self._part(number, photos[first : first + PHOTOS_PER_PART], texts, bar)
+                except OSError as error:  # pyarrow's names no file
+                    problem = os.strerror(error.errno) if error.errno else error
+                    raise InputError(
+                        f"{self.out}: cannot be written ({problem}): the same command goes on when it can"
+                    ) from None
                 skipped += part["skipped"]
                 rows.update({tuple(name.split("/")): count for name, count in part["rows"].items()})
                 if not self.may_be_missing:
@@ -171,8 +178,8 @@ class Builder:
             )
 
     def _write_skipped(self, skipped: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
-        (self.out / "skipped.jsonl").write_text(lines, encoding="utf-8")
+        with written_whole(self.out / "skipped.jsonl") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
 
     def _part(self, number: int, photos: list[Photo], texts: dict[int, dict[str, str]], bar: tqdm) -> dict[str, Any]:
         """Writes a part unless it is whole already; returns its files, rows and skipped photos."""
@@ -188,9 +195,8 @@ class Builder:
         part = {"fingerprint": fingerprint} | self._write_part(
             f"{self.shard_index:04d}-{number:05d}", photos, texts, bar
         )
-        aside = note.with_suffix(".partial")
-        aside.write_text(json.dumps(part), encoding="utf-8")
-        aside.rename(note)
+        with written_whole(note) as file:
+            file.write(json.dumps(part))
         return part
 
     def _write_part(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..errors import InputError
+from ..files import written_whole
 from .schema import PHOTO_SCHEMA
 from .sources import VARIANTS
 from .splits import SPLITS
@@ -69,18 +70,14 @@ def write_card(folder: str | Path, license: str = "other", about: str = "", addr
     if not names:
         raise InputError(f"{folder}: no Parquet file of ShortDesc or LongDesc in it: build it first")
 
-    _replace(folder / "stats.json", json.dumps(statistics, indent=1) + "\n")
+    with written_whole(folder / "stats.json") as file:
+        file.write(json.dumps(statistics, indent=1) + "\n")
     aside = folder / "statistics.partial.png"
     plot(statistics, aside)
     aside.rename(folder / "statistics.png")
     text = _card(names, rows, statistics, license, about, address or folder.name, with_pixels)
-    _replace(folder / "README.md", text)
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)
+    with written_whole(folder / "README.md") as file:
+        file.write(text)
 
 
 def _card(

@@ -6,6 +6,7 @@ run that was killed ends, when it is started again, as if it had not been.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from ..chat.prices import BATCH_DISCOUNT, estimate_tokens
 from ..chat.replies import ChatRequest, ReplyStore, fingerprint_of
 from ..errors import InputError
+from ..files import written_whole
 from . import quality
 from .sources import VARIANTS, Photo, read_text
 
@@ -207,7 +209,7 @@ class Describer:
             The report.
         """
         report = _Report(self.settings)
-        with _Aside(out / "descriptions.jsonl") as good, _Aside(out / "rejected.jsonl") as bad:
+        with written_whole(out / "descriptions.jsonl") as good, written_whole(out / "rejected.jsonl") as bad:
             for photo, items in _by_photo(self.items):
                 texts = {}
                 for item in items:
@@ -219,12 +221,14 @@ class Describer:
                     else:
                         line = self._rejection(item, text)
                         report.rejected(item.variant, line["reasons"])
-                        bad.write(line)
+                        bad.write(_json_line(line))
                 if texts:
-                    good.write({"image_id": photo.image_id} | texts)
+                    good.write(_json_line({"image_id": photo.image_id} | texts))
         content = report.content(failures)
-        with _Aside(out / "report.json") as file:
-            file.write(content, indent=2)
+        if self.store is not None:
+            content["tokens"] = {"prompt": self.store.prompt_tokens, "completion": self.store.completion_tokens}
+        with written_whole(out / "report.json") as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
         return content
 
     def _rejection(self, item: Item, text: str | None) -> dict[str, Any]:
@@ -282,27 +286,18 @@ class _Report:
                     round(1 - counts["easy_words"] / counts["words"], 4) if counts["words"] else None
                 ),
             }
-        return {"model": self.settings.model, "parameters": self.settings.parameters, "variants": variants}
+        settings = self.settings
+        prompts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in settings.prompts.items()}
+        return {
+            "model": settings.model,
+            "parameters": settings.parameters,
+            "prompts_sha256": prompts,
+            "variants": variants,
+        }
 
 
-class _Aside:
-    """A file of JSON lines that takes its name when it is whole."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.aside = path.with_suffix(path.suffix + ".partial")
-
-    def __enter__(self) -> _Aside:
-        self.file = self.aside.open("w", encoding="utf-8")
-        return self
-
-    def write(self, row: dict[str, Any], indent: int | None = None) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            self.aside.rename(self.path)
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _by_photo(items: list[Item]) -> Iterator[tuple[Photo, list[Item]]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 from ..errors import InputError
+from ..files import written_whole
 from .build import jpeg_bytes, original_bytes
 from .sources import Photo, read_all_captions
 from .threads import map_in_order
@@ -226,14 +227,16 @@ class _Ingest:
 
     def _write(self, photos: list[Photo], names: dict[int, str], failed: dict[int, str]) -> None:
         taken = [photo for photo in photos if photo.image_id in names]
-        _write_aside(self.out / "captions.json", _coco(taken, names))
+        with written_whole(self.out / "captions.json") as file:
+            file.writelines(_coco(taken, names))
         lines = (
             json.dumps({"image_id": photo.image_id, "file_name": photo.file_name, "reason": failed[photo.image_id]})
             + "\n"
             for photo in photos
             if photo.image_id in failed
         )
-        _write_aside(self.out / "failed.jsonl", lines)
+        with written_whole(self.out / "failed.jsonl") as file:
+            file.writelines(lines)
 
 
 def _coco(photos: list[Photo], names: dict[int, str]) -> Iterator[str]:
@@ -252,10 +255,3 @@ def _coco(photos: list[Photo], names: dict[int, str]) -> Iterator[str]:
             yield (",\n" if number else "") + json.dumps(row, ensure_ascii=False)
             number += 1
     yield "\n]}\n"
-
-
-def _write_aside(path: Path, pieces: Iterable[str]) -> None:
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(pieces)
-    aside.rename(path)

@@ -1,0 +1,20 @@
+"""Writing files so that their names never stand for half of their content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name when the block ends, and leaves what was there if the block fails."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            yield file
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
