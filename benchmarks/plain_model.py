@@ -18,16 +18,34 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = self.attend(*qkv)
         x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)))
         return x + self.dropout(self.mlp(self.norm2(x)))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+
+
+class LoopedBlock(Block):
+    """Attention as tutorials write it: one head after the other, each with its matrix of weights and dropout on it."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        length, size = q.shape[-2:]
+        heads = []
+        for head in range(self.heads):
+            weights = q[:, head] @ k[:, head].transpose(-2, -1) * size**-0.5
+            if self.causal:
+                mask = torch.tril(torch.ones(length, length)) == 0
+                weights = weights.masked_fill(mask.to(weights.device), float("-inf"))
+            heads.append(self.dropout(F.softmax(weights, dim=-1)) @ v[:, head])
+        return torch.stack(heads, dim=1)
 
 
 class PlainNanoVLM(nn.Module):
     """The model of section 2.2 with the `cls` token, and the mean cross-entropy of its labels."""
 
-    def __init__(self, config: NanoVLMConfig):
+    def __init__(self, config: NanoVLMConfig, block: type[Block] = Block):
         super().__init__()
         vision, text = config.vision_config, config.text_config
         wide, narrow = vision.hidden_size, text.hidden_size
@@ -39,7 +57,7 @@ class PlainNanoVLM(nn.Module):
         self.vision_positions = nn.Parameter(torch.randn(1, vision.num_patches + 1, wide) * 0.02)
         self.pre_norm, self.vision_norm = nn.LayerNorm(wide), nn.LayerNorm(wide)
         self.vision_blocks = nn.Sequential(
-            *(Block(wide, vision.num_attention_heads, causal=False) for _ in range(vision.num_hidden_layers))
+            *(block(wide, vision.num_attention_heads, causal=False) for _ in range(vision.num_hidden_layers))
         )
         self.projector = nn.Sequential(
             nn.Linear(wide, 4 * wide), nn.GELU(), nn.Linear(4 * wide, narrow), nn.Dropout(0.1)
@@ -47,7 +65,7 @@ class PlainNanoVLM(nn.Module):
         self.tokens = nn.Embedding(text.vocab_size, narrow)
         self.text_positions = nn.Embedding(text.max_position_embeddings, narrow)
         self.text_blocks = nn.Sequential(
-            *(Block(narrow, text.num_attention_heads, causal=True) for _ in range(text.num_hidden_layers))
+            *(block(narrow, text.num_attention_heads, causal=True) for _ in range(text.num_hidden_layers))
         )
         self.text_norm = nn.LayerNorm(narrow)
         self.dropout = nn.Dropout(0.1)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, NoReturn, Optional
+from typing import Any, Literal, NoReturn, Optional
 
 import yaml
 from transformers import HfArgumentParser
 
 from nanovlm_hf import InputError
+
+SOURCES = ("short", "long", "captions")
+
+
+def _field(default: Any, help: str) -> Any:
+    """A field with its help; a list is made anew for each run."""
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 # `Optional` and `Literal` rather than `|`: HfArgumentParser reads these annotations.
@@ -20,54 +31,92 @@ class TrainingArguments:
 
     dataset: str = field(metadata={"help": "folder or Hub id of a dataset that `nanovlm data build` wrote"})
     output_dir: str = field(metadata={"help": "folder of this run"})
-    variant: Literal["short", "long"] = field(default="short", metadata={"help": "ShortDesc or LongDesc"})
-    texts: list[str] = field(
-        default_factory=lambda: ["description"],
-        metadata={"help": "columns to learn to write, a text of each for every photo; the first is the one judged"},
+    variant: Literal["short", "long"] = _field("short", "ShortDesc or LongDesc")
+    texts: list[str] = _field(
+        [], "sources to learn to write (short, long, captions); the first, by default the variant, is judged"
     )
-    preset: Literal["mini", "base", "large"] = field(default="mini", metadata={"help": "size of Table 1"})
-    vision_feature_select_strategy: Literal["cls", "patch", "full"] = field(
-        default="cls", metadata={"help": "what the decoder sees of the picture; cls is the paper's"}
+    text_weights: list[float] = _field(
+        [], "how often, 0 to 1, a photo comes with a text of each source; unset means always"
     )
-    vision_initializer_range: Optional[float] = field(  # noqa: UP045
-        default=None, metadata={"help": "first weights of the encoder and projector; unset means fan_in ** -0.5"}
+    train_samples: Optional[int] = _field(None, "photos to train on, the lowest hashes first; unset means all")
+
+    preset: Literal["mini", "base", "large"] = _field("mini", "size of Table 1")
+    n_blks: Optional[int] = _field(None, "blocks of the encoder, instead of the preset's")
+    n_layer: Optional[int] = _field(None, "blocks of the decoder, likewise")
+    n_head: Optional[int] = _field(None, "attention heads, likewise")
+    head_size: Optional[int] = _field(None, "size of a head of the decoder, likewise")
+    img_embd_dim: Optional[int] = _field(None, "width of the encoder, likewise")
+    vision_feature_select_strategy: Literal["cls", "patch", "full"] = _field(
+        "cls", "what the decoder sees of the picture; cls is the paper's"
     )
-    dropout: float = field(default=0.1, metadata={"help": "on embeddings, residual branches and the projector"})
-    tokenizer: Optional[str] = field(  # noqa: UP045
-        default=None, metadata={"help": "folder of a tokenizer; unset means the one that the package ships"}
+    vision_initializer_range: Optional[float] = _field(
+        None, "first weights of the encoder and projector; unset means fan_in ** -0.5"
     )
-    init_from: Optional[str] = field(  # noqa: UP045
-        default=None, metadata={"help": "checkpoint to begin from instead of random weights"}
+    dropout: float = _field(0.1, "on embeddings, residual branches and the projector")
+    tokenizer: Optional[str] = _field(None, "folder of a tokenizer; unset means the one that the package ships")
+    init_from: Optional[str] = _field(None, "checkpoint to begin from instead of random weights")
+
+    visual_words_weight: float = _field(
+        0.0, "weight of naming the captions' words from the visual token (beyond the paper)"
     )
-    visual_words_weight: float = field(
-        default=0.0, metadata={"help": "weight of naming the captions' words from the visual token (beyond the paper)"}
+    augment: bool = _field(False, "random crops in other light, mirror images where no text says left or right")
+    ema_decay: float = _field(
+        0.0, "of the moving average of the weights that is judged and saved; 0 means the weights themselves"
     )
-    augment: bool = field(default=False, metadata={"help": "random crops and mirror images"})
-    num_train_epochs: float = field(default=30.0, metadata={"help": "passes over the photos"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "photos a process takes in a forward pass"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes an optimizer step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "highest learning rate"})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on matrices alone"})
-    warmup_steps: int = field(default=200, metadata={"help": "steps of linear warm-up before the cosine"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    mixed_precision: Literal["no", "bf16"] = field(default="bf16", metadata={"help": "autocast"})
-    eval_steps: int = field(default=250, metadata={"help": "steps between evaluations"})
-    eval_samples: int = field(default=1000, metadata={"help": "validation photos an evaluation takes"})
-    logging_steps: int = field(default=25, metadata={"help": "steps between lines of metrics.jsonl"})
-    save_steps: int = field(default=250, metadata={"help": "steps between states to resume from"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last state in output_dir"})
-    seed: int = field(default=0, metadata={"help": "of weights, order, augmentation and dropout"})
+    num_train_epochs: float = _field(30.0, "passes over the photos")
+    early_stopping_patience: int = _field(
+        0, "evaluations without a better loss after which the run ends; 0 means never"
+    )
+    per_device_train_batch_size: int = _field(32, "photos a process takes in a forward pass")
+    gradient_accumulation_steps: int = _field(1, "forward passes an optimizer step")
+    learning_rate: float = _field(1e-3, "highest learning rate")
+    weight_decay: float = _field(0.1, "AdamW's, on matrices alone")
+    warmup_steps: int = _field(200, "steps of linear warm-up before the cosine")
+    max_grad_norm: float = _field(1.0, "gradients are clipped to this norm")
+    mixed_precision: Literal["no", "bf16"] = _field("bf16", "autocast")
+    compile: bool = _field(False, "torch.compile encoder and decoder; worth its minute on a GPU")
+    activation_checkpointing: bool = _field(False, "compute activations twice rather than keep them")
+
+    eval_steps: int = _field(250, "steps between evaluations")
+    eval_samples: int = _field(1000, "validation photos an evaluation takes")
+    logging_steps: int = _field(25, "steps between lines of metrics.jsonl")
+    save_steps: int = _field(250, "steps between states to resume from")
+    save_total_limit: int = _field(1, "states that are kept")
+    trackers: list[str] = _field([], "Accelerate's trackers to log to as well: tensorboard, wandb")
+    resume: Optional[str] = _field(
+        None, "auto: go on from the last state in output_dir, if there is one; or the folder of a state"
+    )
+    overwrite: bool = _field(False, "remove a run that is in output_dir")
+    seed: int = _field(0, "of weights, order, augmentation and dropout")
 
     def __post_init__(self) -> None:
+        self.texts = self.texts or [self.variant]
+        self.text_weights = self.text_weights or [1.0] * len(self.texts)
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} is less than 1")
-        for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name}: {getattr(self, name)} is not above 0")
-        unknown = set(self.texts) - {"description", "captions"}
-        if unknown or not self.texts:
-            raise InputError(f"texts: {sorted(unknown)} is neither 'description' nor 'captions'")
+            _refuse_unless(getattr(self, name) >= 1, name, getattr(self, name), "is less than 1")
+        for name in ("logging_steps", "save_steps", "save_total_limit"):
+            _refuse_unless(getattr(self, name) >= 1, name, getattr(self, name), "is less than 1")
+        for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
+            _refuse_unless(getattr(self, name) > 0, name, getattr(self, name), "is not above 0")
+        for name in ("dropout", "ema_decay"):
+            _refuse_unless(0 <= getattr(self, name) < 1, name, getattr(self, name), "is not from 0 to below 1")
+        for text in self.texts:
+            near = _did_you_mean(text, SOURCES)
+            _refuse_unless(text in SOURCES, "texts", repr(text), f"is neither short, long nor captions{near}")
+        _refuse_unless(
+            self.texts[0] == self.variant, "texts", self.texts[0], "comes first, but variant is judged: begin with it"
+        )
+        _refuse_unless(len(set(self.texts)) == len(self.texts), "texts", self.texts, "has a source twice")
+        same = len(self.text_weights) == len(self.texts) and all(0 <= weight <= 1 for weight in self.text_weights)
+        _refuse_unless(same, "text_weights", self.text_weights, f"is not {len(self.texts)} numbers of 0 to 1")
+
+
+def _refuse_unless(fine: bool, name: str, value: object, problem: str) -> None:
+    if not fine:
+        raise InputError(f"{name}: {value} {problem}")
+
+
+NAMES = [one.name for one in fields(TrainingArguments)]
 
 
 def read_arguments(argv: list[str]) -> TrainingArguments:
@@ -89,7 +138,7 @@ def read_arguments(argv: list[str]) -> TrainingArguments:
     # The file's values pass through the same parser as the command line's, and so through the same checks.
     arguments, unknown = parser.parse_args_into_dataclasses(from_file + argv, return_remaining_strings=True)
     if unknown:
-        raise InputError(f"there is no field {unknown[0].lstrip('-')!r}{_did_you_mean(unknown[0].lstrip('-'))}")
+        raise InputError(f"there is no field {unknown[0].lstrip('-')!r}{_did_you_mean(unknown[0].lstrip('-'), NAMES)}")
     return arguments
 
 
@@ -97,8 +146,8 @@ def _refuse(message: str) -> NoReturn:
     raise InputError(message)
 
 
-def _did_you_mean(name: str) -> str:
-    near = difflib.get_close_matches(name, [one.name for one in fields(TrainingArguments)], n=1)
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {near[0]!r}?" if near else ""
 
 
@@ -111,11 +160,10 @@ def _yaml_as_argv(path: Path) -> list[str]:
         raise InputError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: this is no list of 'field: value' lines")
-    names = [one.name for one in fields(TrainingArguments)]
     argv = []
     for key, value in content.items():
-        if key not in names:
-            raise InputError(f"{path}: there is no field {key!r}{_did_you_mean(str(key))}")
+        if key not in NAMES:
+            raise InputError(f"{path}: there is no field {key!r}{_did_you_mean(str(key), NAMES)}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]

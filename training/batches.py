@@ -1,184 +1,107 @@
-"""Batches of a run: which photos, how augmented, and their texts as padded ids. A batch depends on its number alone."""
+"""Batches of a run: which photos and texts, how seen. A batch depends on its number alone."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from pathlib import Path
-from typing import Any
+import functools
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch import nn
+from pixels import cut, plain_look, random_look
+from texts import TokenizedTexts
 
-from nanovlm_hf import NanoVLMImageProcessor, NanoVLMProcessor
-
-# Words that say nothing about what is in a picture.
-FUNCTION_WORDS = frozenset(Path(__file__).with_name("function_words.txt").read_text(encoding="utf-8").split())
-LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-
-
-class TokenizedTexts:
-    """The texts of a split as token ids, prepared once.
-
-    Args:
-        split: a split with the columns in `columns`, and `captions` for the visual words.
-        columns: `description`, `captions` or both.
-        processor: whose tokenizer writes them.
-    """
-
-    def __init__(self, split: Dataset, columns: list[str], processor: NanoVLMProcessor):
-        tokenizer = processor.tokenizer
-        self.pad_token_id = tokenizer.pad_token_id
-        self.prefix = [processor.image_token_id] * processor.image_seq_length
-        rows = split.select_columns([*dict.fromkeys([*columns, "captions"])])
-        self.ids: list[list[list[list[int]]]] = []  # for each row and column, the token ids of its texts
-        self.has_side: list[bool] = []
-        self.words: list[dict[int, float]] = []
-        for row in rows:
-            texts = [[row[name]] if isinstance(row[name], str) else row[name] for name in columns]
-            self.has_side.append(any(LEFT_OR_RIGHT.search(text) for column in texts for text in column))
-            self.ids.append(
-                [
-                    [[*ids, tokenizer.eos_token_id] for ids in tokenizer(column)["input_ids"]]
-                    for column in texts
-                    if column
-                ]
-            )
-            self.words.append(_visual_words(row["captions"] or texts[0], tokenizer))
-
-    def pad(self, rows: list[int], rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
-        """`<image> text <eos>` of a text a column for each of these photos, padded on the right.
-
-        Where a column holds several texts (captions), one is drawn with `rng`; without it, the first is taken.
-
-        Returns:
-            `input_ids`, `attention_mask` and `labels` (texts, T), `photo_of_text` (texts,): whose text each is.
-        """
-        texts = [
-            (place, column[rng.integers(len(column)) if rng is not None else 0])
-            for place, row in enumerate(rows)
-            for column in self.ids[row]
-        ]
-        length = len(self.prefix) + max(len(ids) for _, ids in texts)
-        input_ids = torch.full((len(texts), length), self.pad_token_id)
-        labels = torch.full((len(texts), length), -100)
-        attention_mask = torch.zeros((len(texts), length), dtype=torch.long)
-        for line, (_, ids) in enumerate(texts):
-            end = len(self.prefix) + len(ids)
-            input_ids[line, :end] = torch.tensor(self.prefix + ids)
-            labels[line, len(self.prefix) : end] = torch.tensor(ids)
-            attention_mask[line, :end] = 1
-        photo_of_text = torch.tensor([place for place, _ in texts])
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "photo_of_text": photo_of_text,
-        }
-
-    def word_targets(self, rows: list[int], vocab_size: int) -> torch.Tensor:
-        """For each photo the shares of its captions' content words, (photos, vocabulary); a row without words is 0."""
-        targets = torch.zeros(len(rows), vocab_size)
-        for place, row in enumerate(rows):
-            for token, share in self.words[row].items():
-                targets[place, token] = share
-        return targets
-
-
-def _visual_words(captions: list[str], tokenizer: Any) -> dict[int, float]:
-    counts: Counter[str] = Counter()
-    for caption in captions:
-        counts.update(set(re.findall(r"[a-z]+", caption.lower())) - FUNCTION_WORDS)
-    tokens: Counter[int] = Counter()
-    for word, count in counts.items():
-        ids = tokenizer(f" {word}")["input_ids"]
-        if len(ids) == 1:  # a word in pieces has no embedding of its own to be named by
-            tokens[ids[0]] += count
-    total = sum(tokens.values())
-    return {token: count / total for token, count in tokens.items()}
+STEPS_PER_WINDOW = 16  # within so many steps texts of like length come together
 
 
 class TrainingBatches(torch.utils.data.Dataset):
-    """Batch `number` of this process, the same whenever it is asked for: order and augmentation hang on the seed.
+    """Batch `number` of this process, the same whenever it is asked for: all hangs on the seed.
+
+    The photos of a step, their texts and how they are seen do not depend on how many processes or pieces share it.
 
     Args:
-        photos: uint8 (rows, height, width, 3).
+        photos: uint8 (rows, height, width, 3), or a tensor of that kind on the device.
         texts: of the same rows.
-        image_processor: whose mean and standard deviation normalise.
+        vocab_size: of the model.
         batch_size: photos in a batch.
-        number_of_batches: how many this process takes in the whole run.
-        augment: random crops, and mirror images where no text says left or right.
+        steps: of the whole run.
+        pieces: batches that this process takes in a step (gradient accumulation).
+        weights: how often, from 0 to 1, a photo comes with a text of each source; all sources every time if None.
+        augment: random crops in other light, and mirror images where no text says left or right.
     """
 
     def __init__(
         self,
-        photos: np.ndarray,
+        photos: np.ndarray | torch.Tensor,
         texts: TokenizedTexts,
-        image_processor: NanoVLMImageProcessor,
         vocab_size: int,
         batch_size: int,
-        number_of_batches: int,
-        augment: bool,
-        seed: int,
+        steps: int,
+        pieces: int = 1,
+        weights: list[float] | None = None,
+        augment: bool = False,
+        seed: int = 0,
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.photos = photos
-        self.texts = texts
-        self.image_processor = image_processor
-        self.vocab_size = vocab_size
-        self.batch_size = batch_size
-        self.number_of_batches = number_of_batches
-        self.augment = augment
-        self.seed = seed
-        self.process_index = process_index
-        self.num_processes = num_processes
+        self.photos, self.texts, self.vocab_size = photos, texts, vocab_size
+        self.batch_size, self.steps, self.pieces = batch_size, steps, pieces
+        self.weights = weights or [1.0] * len(texts.names)
+        self.augment, self.seed = augment, seed
+        self.process_index, self.num_processes = process_index, num_processes
+        self.photos_per_step = batch_size * pieces * num_processes
+        self.steps_per_epoch = len(photos) // self.photos_per_step
+        self._lengths = texts.lengths()
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
-        return self.number_of_batches
+        return self.steps * self.pieces
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, number: int) -> dict[str, object]:
+        """A batch.
+
+        Returns:
+            `crops` (uint8), `gain` and `bias` for `to_pixel_values`; `texts`, a padded batch for each source;
+            `word_targets` (photos, vocabulary); and `rows`, the photos' places in the split.
+        """
         rows = self.rows(number)
-        rng = np.random.default_rng((self.seed, self.process_index, number))
-        pixels = [torch.from_numpy(self.photos[row].copy()) for row in rows]
+        step = number // self.pieces
+        epoch = step // self.steps_per_epoch
+        own = [np.random.default_rng((self.seed, epoch, row)) for row in rows]
+        choices = np.array([self._choose(rng) for rng in own])
         if self.augment:
-            pixels = [augment(one, rng, not self.texts.has_side[row]) for one, row in zip(pixels, rows, strict=True)]
-        return self.texts.pad(rows, rng) | {
-            "pixel_values": normalise(torch.stack(pixels), self.image_processor),
+            shared = np.random.default_rng((self.seed, step, 2**32 - 1))
+            look = random_look(shared, own, self.texts.has_side[rows], self.photos.shape[1])
+        else:
+            look = plain_look(len(rows), *self.photos.shape[1:3])
+        padded = (self.texts.pad(name, rows, choices[:, place]) for place, name in enumerate(self.texts.names))
+        return {
+            "crops": cut(self.photos, rows, look),
+            "gain": torch.from_numpy(look.gain),
+            "bias": torch.from_numpy(look.bias),
+            "texts": [texts for texts in padded if len(texts["input_ids"])],
             "word_targets": self.texts.word_targets(rows, self.vocab_size),
+            "rows": rows,
         }
 
+    def _choose(self, rng: np.random.Generator) -> np.ndarray:
+        """Which text of each source a photo comes with, -1 for none; at least that of the first source."""
+        drawn = rng.random(len(self.weights)) < self.weights
+        drawn[0] |= not drawn.any()
+        return np.where(drawn, rng.integers(2**31, size=len(drawn)), -1)
+
     def rows(self, number: int) -> list[int]:
-        """The rows of batch `number`: consecutive pieces of a fresh permutation every epoch, the rest left out."""
-        taken = self.batch_size * self.num_processes
-        batches_per_epoch = len(self.photos) // taken
-        epoch, place = divmod(number, batches_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.photos))
-        start = place * taken + self.process_index * self.batch_size
-        return order[start : start + self.batch_size].tolist()
+        """The photos of batch `number`: a fresh permutation every epoch, what does not fill a step left out."""
+        step, piece = divmod(number, self.pieces)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = (piece * self.num_processes + self.process_index) * self.batch_size
+        return self._order(epoch)[place][start : start + self.batch_size].tolist()
 
-
-def augment(pixels: torch.Tensor, rng: np.random.Generator, may_mirror: bool) -> torch.Tensor:
-    """A random crop of 60% to 100% of a photo (height, width, 3), as large as before, mirrored half of the time."""
-    height, width = pixels.shape[:2]
-    area, ratio = rng.uniform(0.6, 1.0), np.exp(rng.uniform(-0.2, 0.2))
-    high = min(height, round(height * (area / ratio) ** 0.5))
-    wide = min(width, round(width * (area * ratio) ** 0.5))
-    top, left = rng.integers(height - high + 1), rng.integers(width - wide + 1)
-    crop = pixels[top : top + high, left : left + wide]
-    if may_mirror and rng.random() < 0.5:
-        crop = crop.flip(1)
-    # PyTorch has a fast path for uint8 pictures whose channels stand last, which this view says they do.
-    channels_first = crop.permute(2, 0, 1).unsqueeze(0)
-    return nn.functional.interpolate(channels_first, (height, width), mode="bilinear", antialias=True)[0].permute(
-        1, 2, 0
-    )
-
-
-def normalise(photos: torch.Tensor, image_processor: NanoVLMImageProcessor) -> torch.Tensor:
-    """uint8 (photos, height, width, 3) to `pixel_values` (photos, 3, height, width), as the image processor would."""
-    mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
-    scaled = photos.float().mul_(image_processor.rescale_factor / std).sub_(mean / std)
-    return scaled.permute(0, 3, 1, 2)
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """The photos of each step of an epoch, (steps, photos): texts of like length near each other."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.photos))[: self.steps_per_epoch * self.photos_per_step]
+        order = order.reshape(self.steps_per_epoch, self.photos_per_step)
+        for first in range(0, self.steps_per_epoch, STEPS_PER_WINDOW):
+            window = order[first : first + STEPS_PER_WINDOW]
+            rows = window.ravel()
+            window[:] = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(window.shape)
+        return order[rng.permutation(self.steps_per_epoch)]

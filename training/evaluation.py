@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from batches import TokenizedTexts, normalise
 from objective import CompletionObjective
+from pixels import normalise
+from texts import TokenizedTexts
 
 from nanovlm_hf import NanoVLMImageProcessor
 
@@ -24,7 +25,7 @@ def evaluate(
 
     Args:
         photos: uint8 (rows, height, width, 3), at least two.
-        texts: of the same rows.
+        texts: of the same rows; their first source is judged.
 
     Returns:
         `eval_loss` and `eval_loss_wrong_photo` in nats per token, `grounding_gap` (their difference: 0 for a model
@@ -41,7 +42,7 @@ def evaluate(
     wrong = right.roll(1, dims=0)
     for start in range(0, len(photos), BATCH_SIZE):
         rows = list(range(start, min(start + BATCH_SIZE, len(photos))))
-        batch = {name: value.to(device) for name, value in texts.pad(rows).items()}
+        batch = {name: value.to(device) for name, value in texts.pad(texts.names[0], rows).items()}
         photo_of_text = batch.pop("photo_of_text") + start
         for column, source in enumerate((right, wrong)):
             losses, text_of_label = objective.token_losses(source[photo_of_text], **batch)

@@ -14,7 +14,6 @@ from string import Template
 from typing import Any
 
 import torch
-import yaml
 from arguments import read_arguments
 from run_folder import RunFolder
 from transformers import GenerationConfig
@@ -42,7 +41,7 @@ def export(run: Path, out: Path, name: str) -> None:
     special = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**special, **GENERATION, suppress_tokens=[model.config.image_token_id])
     metrics = best_metrics(run)
-    arguments = yaml.safe_load((run / "arguments.yaml").read_text(encoding="utf-8"))
+    arguments = RunFolder(run, keep=True).description()["arguments"]
 
     aside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -59,7 +58,7 @@ def export(run: Path, out: Path, name: str) -> None:
 
 def best_metrics(run: Path) -> dict[str, Any]:
     """The evaluation of the best model, with the training loss and the epoch at that step."""
-    rows = RunFolder(run, resume=True).rows()
+    rows = RunFolder(run, keep=True).rows()
     best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
     steps = [row for row in rows if "train_loss" in row]
     at_best = [row for row in steps if row["step"] <= best["step"]]

@@ -2,249 +2,387 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import os
+import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import TrainingArguments
-from batches import TokenizedTexts, TrainingBatches
-from datasets import Dataset, load_dataset
+from batches import TrainingBatches
 from evaluation import evaluate
+from evidence import Meter, count_flops, describe_run, write_samples, write_strip
 from objective import CompletionObjective
-from photo_store import decode_once
+from pixels import to_pixel_values
 from run_folder import RunFolder, parameter_groups
+from setup_run import load_splits, model_and_processor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from nanovlm_hf import (
-    InputError,
-    NanoVLMConfig,
-    NanoVLMForConditionalGeneration,
-    NanoVLMImageProcessor,
-    NanoVLMProcessor,
-)
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf import InputError
+
+# A resumed run is the same run: only these fields may change.
+FREE_TO_CHANGE = ("resume", "overwrite", "output_dir", "save_total_limit", "trackers")
+
+
+class StoppedError(Exception):
+    """The run was told to end, and its state is saved. The argument is the signal's number."""
 
 
 def train(arguments: TrainingArguments) -> RunFolder:
-    """Trains a model and returns its folder: `best/` by validation loss, `last/`, `metrics.jsonl`, `loss.png`.
+    """Trains a model and returns its folder: `best/` by validation loss, `last/`, metrics, figure, samples.
 
     Raises:
-        InputError: for a dataset, tokenizer or checkpoint that cannot be used, or an output folder of another run.
+        InputError: for data, tokenizer or checkpoint that cannot be used, an output folder of another run, a loss that
+            is no number, or a full disk.
+        StoppedError: after SIGTERM or Ctrl-C.
     """
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=not torch.cuda.is_available())
-    set_seed(arguments.seed)
-    disable_progress_bar()  # of saving, which would tear the run's own
-    splits = _load_splits(arguments)
-    model, processor = _model_and_processor(arguments)
-    run = RunFolder(arguments.output_dir, arguments.resume)
+    return _Run(arguments).train()
 
-    with accelerator.local_main_process_first():
-        photos = {name: decode_once(split, processor.image_processor) for name, split in splits.items()}
-    texts = TokenizedTexts(splits["train"], arguments.texts, processor)
-    judged = TokenizedTexts(splits["validation"], arguments.texts[:1], processor)
 
-    photos_per_step = (
-        arguments.per_device_train_batch_size * accelerator.num_processes * arguments.gradient_accumulation_steps
-    )
-    if photos_per_step > len(photos["train"]):
-        raise InputError(f"a step takes {photos_per_step} photos, the train split has {len(photos['train'])}")
-    steps = math.ceil(arguments.num_train_epochs * len(photos["train"]) / photos_per_step)
-    batches = TrainingBatches(
-        photos["train"],
-        texts,
-        processor.image_processor,
-        vocab_size=model.config.text_config.vocab_size,
-        batch_size=arguments.per_device_train_batch_size,
-        number_of_batches=steps * arguments.gradient_accumulation_steps,
-        augment=arguments.augment,
-        seed=arguments.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate, betas=(0.9, 0.95), fused=True
-    )
-    # Accelerate steps the schedule once a process; the whole run is counted in its steps.
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, arguments.warmup_steps * accelerator.num_processes, steps * accelerator.num_processes
-    )
-    objective, optimizer, schedule = accelerator.prepare(CompletionObjective(model), optimizer, schedule)
-    progress = (run.load_state(accelerator) if arguments.resume else None) or {"step": 0, "best_eval_loss": math.inf}
-    if accelerator.is_main_process:
-        run.cut_metrics(progress["step"])
-        (run.path / "arguments.yaml").write_text(yaml.safe_dump(asdict(arguments), sort_keys=False), encoding="utf-8")
-
-    def evaluate_and_save() -> None:
+class _Run:
+    def __init__(self, arguments: TrainingArguments):
+        self.arguments = arguments
+        self.accelerator = accelerator = _accelerator(arguments)
+        set_seed(arguments.seed)
+        disable_progress_bar()  # of saving, which would tear the run's own
+        # With every state Accelerate says that it saves tied weights once.
+        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+        self.model, self.processor = model_and_processor(arguments)
+        if arguments.activation_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        with accelerator.local_main_process_first():
+            self.splits = load_splits(arguments, self.processor)
         if accelerator.is_main_process:
-            rows = min(arguments.eval_samples, len(photos["validation"]))
+            self.folder = RunFolder(arguments.output_dir, arguments.resume is not None, arguments.overwrite)
+        accelerator.wait_for_everyone()
+        self.folder = RunFolder(arguments.output_dir, keep=True)
+        self._plan_steps()
+        self._prepare()
+        self.progress = {"step": 0, "best_eval_loss": math.inf, "evaluations_without_gain": 0}
+        self.meter = Meter(accelerator.device)
+        self.flops_per_image: float | None = None
+        self._resume()
+        self.stop_signal = 0
+        self.recent_rows: list[list[int]] = []
+
+    def _plan_steps(self) -> None:
+        arguments, photos = self.arguments, self.splits["train"].photos
+        pieces = arguments.gradient_accumulation_steps
+        self.photos_per_step = arguments.per_device_train_batch_size * self.accelerator.num_processes * pieces
+        if self.photos_per_step > len(photos):
+            raise InputError(
+                f"per_device_train_batch_size: a step takes {self.photos_per_step} photos, "
+                f"the train split has {len(photos)}"
+            )
+        self.steps = math.ceil(arguments.num_train_epochs * len(photos) / self.photos_per_step)
+        if self.accelerator.device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info()[0] // 2:
+            photos = torch.from_numpy(photos.copy()).to(self.accelerator.device)
+        self.batches = TrainingBatches(
+            photos,
+            self.splits["train"].texts,
+            vocab_size=self.model.config.text_config.vocab_size,
+            batch_size=arguments.per_device_train_batch_size,
+            steps=self.steps,
+            pieces=pieces,
+            weights=arguments.text_weights,
+            augment=arguments.augment,
+            seed=arguments.seed,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+
+    def _prepare(self) -> None:
+        arguments, accelerator = self.arguments, self.accelerator
+        objective = CompletionObjective(self.model).to(accelerator.device)
+        self.average = None
+        if arguments.ema_decay:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
+            accelerator.register_for_checkpointing(self.average)
+        if arguments.compile:
+            self.model.model.vision_tower.compile()
+            self.model.model.language_model.compile(dynamic=True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, arguments.weight_decay),
+            lr=arguments.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        # Accelerate steps the schedule once a process; the whole run is counted in its steps.
+        schedule = get_cosine_schedule_with_warmup(
+            optimizer, arguments.warmup_steps * accelerator.num_processes, self.steps * accelerator.num_processes
+        )
+        self.objective, self.optimizer, self.schedule = accelerator.prepare(objective, optimizer, schedule)
+
+    def _resume(self) -> None:
+        arguments, accelerator = self.arguments, self.accelerator
+        record = describe_run(arguments, self.splits, accelerator)
+        state = self._state_to_resume()
+        if state is not None:
+            self._refuse_other_run(record)
+            accelerator.load_state(str(state))
+            self.progress = json.loads((state / "progress.json").read_text(encoding="utf-8"))
+            self.meter.load(self.progress.pop("meter"))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.folder.cut_metrics(self.progress["step"])
+            self.folder.describe(record)
+        if arguments.trackers:
+            accelerator.init_trackers("nanovlm", config={name: str(value) for name, value in asdict(arguments).items()})
+
+    def _state_to_resume(self) -> Path | None:
+        wanted = self.arguments.resume
+        if wanted is None:
+            return None
+        if wanted == "auto":
+            return self.folder.states()[-1] if self.folder.states() else None
+        if not (Path(wanted) / "progress.json").exists():
+            raise InputError(f"resume: there is no state in {wanted}: give auto, or a folder states/step-...")
+        return Path(wanted)
+
+    def _refuse_other_run(self, record: dict[str, Any]) -> None:
+        before = self.folder.description() or record
+        for name, value in record["arguments"].items():
+            was = before["arguments"].get(name, value)
+            if value != was and name not in FREE_TO_CHANGE:
+                raise InputError(
+                    f"resume: {name} was {was} and is {value} now: go on with the same, or begin a new run"
+                )
+        if record["data"] != before["data"]:
+            raise InputError("resume: the dataset is not the one that the run began with: begin a new run")
+
+    def train(self) -> RunFolder:
+        previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._train()
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error
+            raise InputError(
+                f"output_dir: {self.folder.path} cannot be written ({reason}): "
+                "the last state is whole, --resume auto goes on"
+            ) from None
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.folder
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    def _train(self) -> None:
+        arguments, accelerator, progress = self.arguments, self.accelerator, self.progress
+        pieces = arguments.gradient_accumulation_steps
+        loader = torch.utils.data.DataLoader(
+            self.batches, batch_size=None, sampler=range(progress["step"] * pieces, len(self.batches))
+        )
+        stream = iter(loader)
+        self.objective.train()
+        self.bar = tqdm(
+            total=self.steps * self.photos_per_step,
+            initial=progress["step"] * self.photos_per_step,
+            unit="image",
+            disable=not accelerator.is_main_process,
+            mininterval=2,
+        )
+        self.meter.start = time.perf_counter()
+        done = False
+        while progress["step"] < self.steps and not done:
+            batches = [next(stream) for _ in range(pieces)]
+            # One seed a step, so that a resumed run draws the dropout that it would have drawn.
+            torch.manual_seed(_seed_of(arguments.seed, progress["step"], accelerator.process_index))
+            grad_norm, stop = self._optimizer_step(batches)
+            progress["step"] += 1
+            self.bar.update(self.photos_per_step)
+            done = self._after_step(grad_norm, stop)
+        if accelerator.is_main_process:
+            self.folder.save_model("last", self._judged_model(), self.processor)
+            write_strip(self.folder, self.splits["validation"])
+        self.bar.close()
+        accelerator.end_training()
+
+    def _optimizer_step(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
+        """One step of the optimizer; the norm of its gradients, and the number of a signal that came."""
+        self.recent_rows.append([row for batch in batches for row in batch["rows"]])
+        if self.flops_per_image is None:
+            results: list[Any] = []
+            flops = count_flops(lambda: results.append(self._gradients(batches)))
+            self.flops_per_image = flops / (self.photos_per_step / self.accelerator.num_processes)
+            loss, tokens, stop = results[0]
+        else:
+            loss, tokens, stop = self._gradients(batches)
+        grad_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.arguments.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.meter.add(loss, tokens, self.photos_per_step)
+        return grad_norm, stop
+
+    def _gradients(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, int, int]:
+        ready = [to_device(batch, self.processor.image_processor, self.accelerator.device) for batch in batches]
+        return gradients(self.accelerator, self.objective, ready, self.arguments.visual_words_weight, self.stop_signal)
+
+    def _after_step(self, grad_norm: torch.Tensor, stop: int) -> bool:
+        """Logs, evaluates and saves where it is time; whether the run ends here."""
+        arguments, step = self.arguments, self.progress["step"]
+        last = step == self.steps
+        log, judge = (step % every == 0 or last for every in (arguments.logging_steps, arguments.eval_steps))
+        save = step % arguments.save_steps == 0 or last or stop
+        if log or judge or save:
+            self._refuse_bad_losses()
+        if log:
+            self._log(grad_norm)
+            self.meter.restart()
+        ended = self._evaluate() if judge else False
+        if judge:
+            self.meter.start = time.perf_counter()
+            self.meter.images = self.meter.tokens = 0
+        if save or ended:
+            self.folder.save_state(
+                self.accelerator, self.progress | {"meter": self.meter.state()}, arguments.save_total_limit
+            )
+        if stop and not last:
+            raise StoppedError(stop)
+        return ended
+
+    def _refuse_bad_losses(self) -> None:
+        """Stops a run whose loss is no number before anything of it is saved."""
+        ago = self.meter.first_bad()
+        if ago is not None:
+            ids = [self.splits["train"].image_ids[row] for row in self.recent_rows[-1 - ago]]
+            raise InputError(
+                f"step {self.progress['step'] - ago}: the loss is no number; photos of the batch (image_id): "
+                f"{', '.join(map(str, ids))}; what was saved before is intact: look at them, or lower learning_rate"
+            )
+        self.recent_rows.clear()
+
+    def _log(self, grad_norm: torch.Tensor) -> None:
+        step = self.progress["step"]
+        row = {
+            "step": step,
+            "epoch": round(step * self.photos_per_step / len(self.splits["train"]), 3),
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "grad_norm": float(grad_norm),
+            **self.meter.read(self.flops_per_image),
+        }
+        if self.accelerator.is_main_process:
+            self.folder.log(row)
+            self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
+        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
+
+    def _judged_model(self) -> torch.nn.Module:
+        return self.model if self.average is None else self.average.module
+
+    def _evaluate(self) -> bool:
+        """Judges the model on validation photos, keeps the best; whether patience is at its end."""
+        accelerator, progress = self.accelerator, self.progress
+        patient = torch.ones((), device=accelerator.device)
+        if accelerator.is_main_process:
+            split, model = self.splits["validation"], self._judged_model()
+            rows = min(self.arguments.eval_samples, len(split))
             with accelerator.autocast():
                 metrics = evaluate(
-                    accelerator.unwrap_model(objective),
-                    photos["validation"][:rows],
-                    judged,
-                    processor.image_processor,
+                    CompletionObjective(model),
+                    split.photos[:rows],
+                    split.texts,
+                    self.processor.image_processor,
                     accelerator.device,
                 )
-            run.log({"step": progress["step"], **metrics})
-            run.plot()
-            bar.write(
+            self.folder.log({"step": progress["step"], **metrics})
+            self.folder.plot()
+            write_samples(self.folder, progress["step"], model, self.processor, split)
+            self.bar.write(
                 f"step {progress['step']}: eval_loss {metrics['eval_loss']:.4f}, grounding gap "
                 f"{metrics['grounding_gap']:.4f} +- {metrics['grounding_gap_stderr']:.4f}"
             )
+            progress["evaluations_without_gain"] += 1
             if metrics["eval_loss"] < progress["best_eval_loss"]:
-                progress["best_eval_loss"] = metrics["eval_loss"]
-                run.save_model("best", model, processor)
-        accelerator.wait_for_everyone()
-
-    accumulated = arguments.gradient_accumulation_steps
-    loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(progress["step"] * accumulated, len(batches))
-    )
-    stream = iter(loader)
-    objective.train()
-    bar = tqdm(
-        total=steps * photos_per_step,
-        initial=progress["step"] * photos_per_step,
-        unit="image",
-        disable=not accelerator.is_main_process,
-        mininterval=2,
-    )
-    meter = Meter(accelerator.device)
-    while progress["step"] < steps:
-        step_batches = [next(stream) for _ in range(accumulated)]
-        # One seed a step, so that a resumed run draws the dropout that it would have drawn.
-        torch.manual_seed(_seed_of(arguments.seed, progress["step"], accelerator.process_index))
-        loss, tokens = _step(accelerator, objective, step_batches, arguments.visual_words_weight)
-        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), arguments.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress["step"] += 1
-        meter.add(loss, tokens, photos_per_step)
-        bar.update(photos_per_step)
-
-        step = progress["step"]
-        if step % arguments.logging_steps == 0 or step == steps:
-            row = {
-                "step": step,
-                "epoch": round(step * photos_per_step / len(photos["train"]), 3),
-                "learning_rate": schedule.get_last_lr()[0],
-                "grad_norm": float(grad_norm),
-                **meter.read(),
-            }
-            if not math.isfinite(row["train_loss"]):
-                raise InputError(
-                    f"step {step}: the loss is {row['train_loss']}: lower learning_rate; `best/` is intact"
-                )
-            if accelerator.is_main_process:
-                run.log(row)
-                bar.set_postfix(loss=f"{row['train_loss']:.3f}")
-        if step % arguments.eval_steps == 0 or step == steps:
-            evaluate_and_save()
-        if step % arguments.save_steps == 0 or step == steps:
-            run.save_state(accelerator, progress)
-        if step % arguments.logging_steps == 0:
-            meter = Meter(accelerator.device)  # after the evaluation, whose time is not the step's
-    if accelerator.is_main_process:
-        run.save_model("last", model, processor)
-    bar.close()
-    accelerator.end_training()
-    return run
+                progress |= {"best_eval_loss": metrics["eval_loss"], "evaluations_without_gain": 0}
+                self.folder.save_model("best", model, self.processor)
+            patience = self.arguments.early_stopping_patience
+            patient *= not patience or progress["evaluations_without_gain"] < patience
+            accelerator.log(metrics, step=progress["step"])
+            self.objective.train()
+        if accelerator.num_processes > 1:
+            patient = accelerator.reduce(patient, "sum") - (accelerator.num_processes - 1)
+        return not patient
 
 
-class Meter:
-    """The mean loss and the speed since it was made; the loss is read from the device only when asked for."""
-
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), device=device)
-        self.steps = self.tokens = self.images = 0
-        self.start = time.perf_counter()
-
-    def add(self, loss: torch.Tensor, tokens: int, images: int) -> None:
-        """Counts a step."""
-        self.loss += loss
-        self.steps += 1
-        self.tokens += tokens
-        self.images += images
-
-    def read(self) -> dict[str, float]:
-        """`train_loss` in nats per token, `images_per_second` and `tokens_per_second` over all processes."""
-        loss = (self.loss / self.steps).item()
-        seconds = time.perf_counter() - self.start
-        return {
-            "train_loss": loss,
-            "images_per_second": round(self.images / seconds, 1),
-            "tokens_per_second": round(self.tokens / seconds, 1),
-        }
+def _accelerator(arguments: TrainingArguments) -> Accelerator:
+    cpu = not torch.cuda.is_available()
+    if cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise InputError(
+            "accelerate: there is no GPU, and on CPUs Accelerate runs DDP for FSDP: use cpu.yaml or ddp.yaml"
+        )
+    try:
+        return Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            cpu=cpu,
+            log_with=arguments.trackers or None,
+            project_dir=arguments.output_dir if arguments.trackers else None,
+        )
+    except (ImportError, ValueError) as error:
+        raise InputError(f"trackers, mixed_precision: {error}") from None
 
 
-def _step(
-    accelerator: Accelerator, objective: torch.nn.Module, batches: list[dict[str, torch.Tensor]], words_weight: float
-) -> tuple[torch.Tensor, int]:
-    """Gradients of one optimizer step; the mean loss over all its tokens, however they are split, and their number."""
-    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    photos = sum(len(batch["pixel_values"]) for batch in batches)
-    counts = torch.tensor([tokens, photos], device=accelerator.device)
-    counts = accelerator.reduce(counts) if accelerator.num_processes > 1 else counts
-    all_tokens, all_photos = counts.tolist()
+def to_device(batch: dict[str, Any], image_processor: Any, device: torch.device) -> dict[str, Any]:
+    """A batch as the objective takes it, its pixels made on the device."""
+    crops, gain, bias = (batch[name].to(device, non_blocking=True) for name in ("crops", "gain", "bias"))
+    texts = [{name: value.to(device, non_blocking=True) for name, value in text.items()} for text in batch["texts"]]
+    return {
+        "pixel_values": to_pixel_values(crops, gain, bias, image_processor),
+        "texts": texts,
+        "word_targets": batch["word_targets"].to(device, non_blocking=True),
+        "tokens": sum(int((text["labels"] != -100).sum()) for text in batch["texts"]),
+    }
+
+
+def gradients(
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    batches: list[dict[str, Any]],
+    words_weight: float,
+    stop: int = 0,
+) -> tuple[torch.Tensor, int, int]:
+    """Gradients of one optimizer step, of the mean over all its tokens, however they are split.
+
+    Args:
+        batches: of `to_device`, the pieces of this process.
+        stop: the number of a signal that this process was sent, or 0.
+
+    Returns:
+        The mean loss, the number of tokens, and the highest `stop` of all processes.
+    """
+    all_tokens = sum(batch["tokens"] for batch in batches)
+    all_photos = sum(len(batch["pixel_values"]) for batch in batches)
+    if accelerator.num_processes > 1:
+        counts = accelerator.gather(torch.tensor([[all_tokens, all_photos, stop]], device=accelerator.device))
+        all_tokens, all_photos, stop = counts[:, 0].sum().item(), counts[:, 1].sum().item(), counts[:, 2].max().item()
     loss_sum = torch.zeros((), device=accelerator.device)
     for place, batch in enumerate(batches):
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        inputs = {name: batch[name] for name in ("pixel_values", "texts", "word_targets")}
         # Gradients travel between processes with the last piece alone, and are averaged there: hence their number.
         with accelerator.no_sync(objective) if place < len(batches) - 1 else torch.enable_grad():
-            text_loss, words_loss = objective(**batch)
+            text_loss, words_loss = objective(**inputs)
             loss = text_loss / all_tokens + words_weight * words_loss / all_photos
             accelerator.backward(loss * accelerator.num_processes)
         loss_sum += text_loss.detach()
-    loss_sum = accelerator.reduce(loss_sum) if accelerator.num_processes > 1 else loss_sum
-    return loss_sum / all_tokens, all_tokens
+    if accelerator.num_processes > 1:
+        loss_sum = accelerator.reduce(loss_sum)
+    return loss_sum / all_tokens, all_tokens, stop
 
 
 def _seed_of(seed: int, step: int, process_index: int) -> int:
     return (seed * 1_000_003 + step) * 4096 + process_index
-
-
-def _load_splits(arguments: TrainingArguments) -> dict[str, Dataset]:
-    try:
-        dataset = load_dataset(arguments.dataset, arguments.variant)
-    except Exception as error:  # `datasets` raises many kinds for the one mistake of naming no dataset
-        reason = str(error).splitlines()[0]
-        raise InputError(f"dataset: {arguments.dataset} ({arguments.variant}) cannot be loaded: {reason}") from None
-    for split in ("train", "validation"):
-        if split not in dataset or len(dataset[split]) < 2:
-            raise InputError(f"dataset: {arguments.dataset} has no {split} split of two photos or more")
-    columns = dataset["train"].column_names
-    missing = [name for name in ("image", *arguments.texts, "captions") if name not in columns]
-    if missing:
-        raise InputError(f"dataset: {arguments.dataset} has no column {missing[0]!r}; it has {', '.join(columns)}")
-    return {split: dataset[split] for split in ("train", "validation")}
-
-
-def _model_and_processor(
-    arguments: TrainingArguments,
-) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    if arguments.init_from is not None:
-        if not Path(arguments.init_from).is_dir():
-            raise InputError(f"init_from: there is no folder {arguments.init_from}")
-        model = NanoVLMForConditionalGeneration.from_pretrained(arguments.init_from, dtype=torch.float32)
-        return model, NanoVLMProcessor.from_pretrained(arguments.init_from)
-    folder = arguments.tokenizer or PACKAGED["mini-short"]
-    if not (Path(folder) / "tokenizer.json").exists():
-        raise InputError(f"tokenizer: there is no tokenizer.json in {folder}: make one with `nanovlm data tokenizer`")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = NanoVLMConfig.from_preset(
-        arguments.preset,
-        dropout=arguments.dropout,
-        vocab_size=len(tokenizer),
-        vision_feature_select_strategy=arguments.vision_feature_select_strategy,
-        vision_config={"initializer_range": arguments.vision_initializer_range},
-    )
-    processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer, image_seq_length=config.image_seq_length)
-    return NanoVLMForConditionalGeneration(config), processor

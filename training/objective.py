@@ -16,28 +16,27 @@ class CompletionObjective(nn.Module):
         self.model = model
 
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        photo_of_text: torch.Tensor,
-        word_targets: torch.Tensor,
+        self, pixel_values: torch.Tensor, texts: list[dict[str, torch.Tensor]], word_targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of a batch, in nats.
 
         Args:
             pixel_values: (photos, 3, height, width).
-            input_ids, attention_mask, labels: (texts, T), padded on the right; labels -100 where there is no loss.
-            photo_of_text: (texts,), the place of each text's photo in `pixel_values`.
+            texts: for each source a padded batch of its own, so that short texts are not padded to long ones:
+                `input_ids`, `attention_mask`, `labels` (texts, T), padded on the right, labels -100 where there is no
+                loss; `photo_of_text` (texts,), the place of each text's photo in `pixel_values`.
             word_targets: (photos, vocabulary), shares of the words to name; rows of 0 count nothing.
 
         Returns:
             The sum of the cross-entropy over all labels, and the sum of the visual words' over all photos.
         """
         features = self.encode(pixel_values)
-        token_losses, _ = self.token_losses(features[photo_of_text], input_ids, attention_mask, labels)
-        return token_losses.sum(), self.visual_word_losses(features, word_targets).sum()
+        text_loss = torch.zeros((), device=features.device)
+        for batch in texts:
+            batch = dict(batch)
+            token_losses, _ = self.token_losses(features[batch.pop("photo_of_text")], **batch)
+            text_loss = text_loss + token_losses.sum()
+        return text_loss, self.visual_word_losses(features, word_targets).sum()
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Projected features (photos, image tokens, C)."""

@@ -1,30 +1,58 @@
-"""What a run leaves on disk: `metrics.jsonl`, `loss.png`, model folders, and the state to resume from."""
+"""What a run leaves on disk: metrics, figure, model folders, and the states to resume from."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMProcessor
+from nanovlm_hf.files import written_whole
 
 
 class RunFolder:
-    """The folder of a run. Everything in it is written aside and renamed, so a kill leaves the previous one whole."""
+    """The folder of a run. Everything in it is written aside and renamed, so a kill leaves the previous one whole.
 
-    def __init__(self, path: str | Path, resume: bool):
+    Args:
+        path: of the folder.
+        keep: whether a run that is there is gone on with or read.
+        overwrite: whether it is removed instead.
+
+    Raises:
+        InputError: if a run is there and neither is wanted.
+    """
+
+    def __init__(self, path: str | Path, keep: bool = False, overwrite: bool = False):
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
-        self.state_path = self.path / "state"
-        if self.metrics_path.exists() and not resume:
-            raise InputError(f"output_dir: {self.path} holds a run: add --resume true to go on, or name another folder")
+        if overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if (self.path / "run.yaml").exists() and not keep:
+            raise InputError(
+                f"output_dir: {self.path} holds a run: add --resume auto to go on, --overwrite true to remove it, or "
+                "name another folder"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         for previous in self.path.glob("*.previous"):  # a kill came between the two renames of `_replace`
             if not previous.with_suffix("").exists():
                 previous.rename(previous.with_suffix(""))
+
+    def describe(self, record: dict[str, Any]) -> None:
+        """Writes `run.yaml`: the run's fields, and what it ran on and with."""
+        with written_whole(self.path / "run.yaml") as file:
+            yaml.safe_dump(record, file, sort_keys=False)
+
+    def description(self) -> dict[str, Any] | None:
+        """What `describe` wrote, or None."""
+        path = self.path / "run.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line of metrics."""
@@ -32,43 +60,63 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines of metrics so far."""
+        """All lines of metrics so far; one that a kill cut short is left out."""
         if not self.metrics_path.exists():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
 
     def cut_metrics(self, step: int) -> None:
         """Drops the lines after a step, which a resumed run writes again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        aside = self.metrics_path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        aside.rename(self.metrics_path)
+        for path in (self.metrics_path, self.path / "samples.jsonl"):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+                with written_whole(path) as file:
+                    file.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= step)
 
     def save_model(self, name: str, model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor) -> None:
         """Saves a model and its processor as a folder that `from_pretrained` reads."""
         aside = self.path / f"{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
-        processor.save_pretrained(aside)
+        with self._writing():
+            model.save_pretrained(aside)
+            processor.save_pretrained(aside)
         _replace(aside, self.path / name)
 
-    def save_state(self, accelerator: Any, progress: dict[str, Any]) -> None:
-        """Saves weights, optimizer and schedule with how far the run is; every process calls it."""
-        aside = self.path / "state.partial"
-        accelerator.save_state(str(aside))
+    def save_state(self, accelerator: Any, progress: dict[str, Any], limit: int) -> None:
+        """Saves all that a run needs to go on, and removes the oldest states beyond `limit`; every process calls it.
+
+        Raises:
+            OSError: if the disk is full; the states before it stay whole.
+        """
+        aside = self.path / "states" / "partial"
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        with self._writing():
+            accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (aside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-            _replace(aside, self.state_path)
+            with written_whole(aside / "progress.json") as file:
+                file.write(json.dumps(progress))
+            final = self.path / "states" / f"step-{progress['step']:08d}"
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            for old in self.states()[:-limit]:
+                shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
-    def load_state(self, accelerator: Any) -> dict[str, Any] | None:
-        """Restores the last state and returns its progress, or None if there is none."""
-        progress_path = self.state_path / "progress.json"
-        if not progress_path.exists():
-            return None
-        accelerator.load_state(str(self.state_path))
-        return json.loads(progress_path.read_text(encoding="utf-8"))
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        # A full disk is an OSError to Python, and something of its own to safetensors and to PyTorch.
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(f"{str(error).splitlines()[0]}") from None
+
+    def states(self) -> list[Path]:
+        """The whole states, the oldest first."""
+        return sorted(self.path.glob("states/step-*"))
 
     def plot(self) -> None:
         """Draws training and validation loss and the grounding gap into `loss.png` (as figure 6, and the gap)."""

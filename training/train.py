@@ -3,7 +3,7 @@
 import sys
 
 from arguments import read_arguments
-from loop import train
+from loop import StoppedError, train
 
 from nanovlm_hf import InputError
 
@@ -19,6 +19,9 @@ def main() -> int:
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except StoppedError as stop:
+        print("train.py: stopped, the state is saved: --resume auto goes on", file=sys.stderr)
+        return 128 + stop.args[0]
     print(f"done: {run.path}")
     return 0
 

@@ -1,0 +1,174 @@
+"""What a run needs before its first step: photos, texts, model and processor, each checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arguments import TrainingArguments
+from datasets import Dataset, load_dataset
+from photo_store import decode_once
+from texts import TokenizedTexts
+from transformers import AutoTokenizer
+
+from nanovlm_hf import (
+    InputError,
+    NanoVLMConfig,
+    NanoVLMForConditionalGeneration,
+    NanoVLMImageProcessor,
+    NanoVLMProcessor,
+)
+from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.configuration_nanovlm import PRESETS
+from nanovlm_hf.data.splits import hash_of
+
+PAPERS_NAMES = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
+
+
+@dataclass
+class Split:
+    """One split, ready for training.
+
+    Attributes:
+        photos: uint8 (rows, height, width, 3), mapped from disk.
+        texts: of the same rows.
+        image_ids: of the same rows.
+        fingerprint: of the rows as `datasets` knows them.
+    """
+
+    photos: np.ndarray
+    texts: TokenizedTexts
+    image_ids: list[int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+
+def load_splits(arguments: TrainingArguments, processor: NanoVLMProcessor) -> dict[str, Split]:
+    """The train and validation splits; of validation, the judged source alone.
+
+    Raises:
+        InputError: for a dataset that cannot be loaded or lacks a split or column, and for photos that do not decode.
+    """
+    datasets = {name: _load(arguments.dataset, name) for name in dict.fromkeys(_configs(arguments))}
+    splits = {}
+    for split in ("train", "validation"):
+        rows = datasets[arguments.variant][split]
+        sources = arguments.texts if split == "train" else arguments.texts[:1]
+        if split == "train" and arguments.train_samples is not None:
+            rows = _lowest_hashes(rows, arguments.train_samples)
+        photos, rows = decode_once(rows, processor.image_processor)
+        texts = {name: _texts_of(name, arguments.variant, rows, datasets, split) for name in sources}
+        captions = rows["captions"]
+        named = [photo or texts[arguments.variant][row] for row, photo in enumerate(captions)]
+        splits[split] = Split(photos, TokenizedTexts(texts, named, processor), rows["image_id"], rows._fingerprint)
+    return splits
+
+
+def _configs(arguments: TrainingArguments) -> list[str]:
+    return [arguments.variant, *(name for name in arguments.texts if name != "captions")]
+
+
+def _load(name: str, variant: str) -> Any:
+    try:
+        dataset = load_dataset(name, variant)
+    except Exception as error:  # `datasets` raises many kinds for the one mistake of naming no dataset
+        reason = str(error).splitlines()[0]
+        raise InputError(f"dataset: {name} ({variant}) cannot be loaded: {reason}") from None
+    for split in ("train", "validation"):
+        if split not in dataset or len(dataset[split]) < 2:
+            raise InputError(f"dataset: {name} ({variant}) has no {split} split of two photos or more")
+    columns = dataset["train"].column_names
+    missing = [one for one in ("image", "image_id", "captions", "description") if one not in columns]
+    if missing:
+        mend = ": put the photos back with `nanovlm data join`" if missing[0] == "image" else ""
+        raise InputError(f"dataset: {name} has no column {missing[0]!r}, but {', '.join(columns)}{mend}")
+    return dataset
+
+
+def _lowest_hashes(rows: Dataset, count: int) -> Dataset:
+    """The same photos whatever else is in the dataset; more of them hold those of fewer."""
+    if count > len(rows):
+        raise InputError(f"train_samples: {count} photos, but the train split has {len(rows)}")
+    order = sorted(range(len(rows)), key=[hash_of(image_id) for image_id in rows["image_id"]].__getitem__)
+    return rows.select(sorted(order[:count]))
+
+
+def _texts_of(name: str, variant: str, rows: Dataset, datasets: dict[str, Any], split: str) -> list[list[str]]:
+    """The texts of a source for each photo; none for a photo that this source does not have."""
+    if name == "captions":
+        return [list(captions) for captions in rows["captions"]]
+    if name == variant:
+        return [[description] for description in rows["description"]]
+    others = datasets[name][split]
+    known = dict(zip(others["image_id"], others["description"], strict=True))
+    return [[known[image_id]] if image_id in known else [] for image_id in rows["image_id"]]
+
+
+def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
+    """The model to train: of the preset, or of a checkpoint.
+
+    Raises:
+        InputError: for a checkpoint or tokenizer that is not there or does not fit, and for impossible sizes.
+    """
+    if arguments.init_from is not None:
+        return _from_checkpoint(arguments)
+    folder = arguments.tokenizer or PACKAGED["mini-short"]
+    tokenizer = _tokenizer(folder)
+    try:
+        config = model_config(arguments, len(tokenizer))
+        model = NanoVLMForConditionalGeneration(config)
+    except ValueError as error:
+        raise InputError(f"n_head, head_size, img_embd_dim: {error}") from None
+    processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer, image_seq_length=config.image_seq_length)
+    return model, processor
+
+
+def model_config(arguments: TrainingArguments, vocab_size: int) -> NanoVLMConfig:
+    """The config of a preset with the sizes that were given instead of its own."""
+    own = {name: value for name in PAPERS_NAMES if (value := getattr(arguments, name)) is not None}
+    sizes = PRESETS[arguments.preset] | own
+    return NanoVLMConfig.from_paper(
+        **sizes | {"n_embd": sizes["n_head"] * sizes["head_size"]},
+        dropout=arguments.dropout,
+        vocab_size=vocab_size,
+        vision_feature_select_strategy=arguments.vision_feature_select_strategy,
+        vision_config={"initializer_range": arguments.vision_initializer_range},
+    )
+
+
+def _tokenizer(folder: str | Path) -> Any:
+    if not (Path(folder) / "tokenizer.json").exists():
+        raise InputError(f"tokenizer: there is no tokenizer.json in {folder}: make one with `nanovlm data tokenizer`")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.convert_tokens_to_ids(["<pad>", "<bos>", "<eos>", "<image>"])
+    if ids != [0, 1, 2, 3]:
+        raise InputError(
+            f"tokenizer: {folder} has <pad>, <bos>, <eos> and <image> at {ids}, not 0 to 3: make one with "
+            "`nanovlm data tokenizer`"
+        )
+    return tokenizer
+
+
+def _from_checkpoint(
+    arguments: TrainingArguments,
+) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
+    folder = PACKAGED.get(arguments.init_from, arguments.init_from)
+    if not (Path(folder) / "config.json").exists():
+        raise InputError(f"init_from: there is no checkpoint in {folder}")
+    model = NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    processor = NanoVLMProcessor.from_pretrained(folder)
+    if len(processor.tokenizer) != model.config.text_config.vocab_size:
+        raise InputError(
+            f"init_from: {folder} has a model of {model.config.text_config.vocab_size} entries and a tokenizer of "
+            f"{len(processor.tokenizer)}"
+        )
+    if arguments.tokenizer and _tokenizer(arguments.tokenizer).get_vocab() != processor.tokenizer.get_vocab():
+        raise InputError(
+            f"tokenizer: {arguments.tokenizer} is not the one that {folder} was trained with: leave it out"
+        )
+    return model, processor

@@ -1,0 +1,105 @@
+"""The texts of a split as token ids, prepared once, and the words that a picture should name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanovlm_hf import NanoVLMProcessor
+
+# Words that say nothing about what is in a picture.
+FUNCTION_WORDS = frozenset(Path(__file__).with_name("function_words.txt").read_text(encoding="utf-8").split())
+LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+class TokenizedTexts:
+    """Texts of one or several sources for each photo of a split.
+
+    Args:
+        sources: for each source, the texts of each photo (none, one or several).
+        captions: of each photo, for the visual words.
+        processor: whose tokenizer writes them.
+    """
+
+    def __init__(self, sources: dict[str, list[list[str]]], captions: list[list[str]], processor: NanoVLMProcessor):
+        tokenizer = processor.tokenizer
+        self.names = list(sources)
+        self.pad_token_id = tokenizer.pad_token_id
+        self.prefix = [processor.image_token_id] * processor.image_seq_length
+        self.ids = {
+            name: [
+                [np.array([*ids, tokenizer.eos_token_id]) for ids in tokenizer(texts)["input_ids"]] if texts else []
+                for texts in photos
+            ]
+            for name, photos in sources.items()
+        }
+        self.has_side = np.array(
+            [
+                any(LEFT_OR_RIGHT.search(text) for texts in photo for text in texts)
+                for photo in zip(*sources.values(), strict=True)
+            ]
+        )
+        self.words = [_visual_words(photo, tokenizer) for photo in captions]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each photo's first text of the first source, 0 where there is none; (photos,)."""
+        return np.array([len(texts[0]) if texts else 0 for texts in self.ids[self.names[0]]])
+
+    def pad(self, name: str, rows: list[int], choices: list[int] | None = None) -> dict[str, torch.Tensor]:
+        """`<image> text <eos>` of one source's text for each photo that has one, padded on the right.
+
+        Args:
+            name: of the source.
+            rows: of the photos.
+            choices: for each photo which of its texts, counted round; the first where not given; -1 leaves it out.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` (texts, T), and `photo_of_text` (texts,): the place in `rows`.
+        """
+        texts = []
+        for place, row in enumerate(rows):
+            choice, known = choices[place] if choices is not None else 0, self.ids[name][row]
+            if known and choice >= 0:
+                texts.append((place, known[choice % len(known)]))
+        start = len(self.prefix)
+        length = start + max((len(ids) for _, ids in texts), default=0)
+        input_ids = np.full((len(texts), length), self.pad_token_id)
+        labels = np.full((len(texts), length), -100)
+        attention_mask = np.zeros((len(texts), length), dtype=np.int64)
+        input_ids[:, :start] = self.prefix
+        for line, (_, ids) in enumerate(texts):
+            end = start + len(ids)
+            input_ids[line, start:end] = labels[line, start:end] = ids
+            attention_mask[line, :end] = 1
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(labels),
+            "photo_of_text": torch.tensor([place for place, _ in texts], dtype=torch.long),
+        }
+
+    def word_targets(self, rows: list[int], vocab_size: int) -> torch.Tensor:
+        """For each photo the shares of its captions' content words, (photos, vocabulary); a row without words is 0."""
+        targets = torch.zeros(len(rows), vocab_size)
+        for place, row in enumerate(rows):
+            tokens, shares = self.words[row]
+            targets[place, tokens] = shares
+        return targets
+
+
+def _visual_words(captions: list[str], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(set(re.findall(r"[a-z]+", caption.lower())) - FUNCTION_WORDS)
+    tokens: Counter[int] = Counter()
+    for word, count in counts.items():
+        ids = tokenizer(f" {word}")["input_ids"]
+        if len(ids) == 1:  # a word in pieces has no embedding of its own to be named by
+            tokens[ids[0]] += count
+    shares = torch.tensor(list(tokens.values()), dtype=torch.float)
+    return torch.tensor(list(tokens), dtype=torch.long), shares / shares.sum() if len(tokens) else shares
