@@ -28,6 +28,7 @@ from batches import TrainingBatches
 from conftest import picture, tiny_model, tiny_processor
 from decoding import repeats
 from export import export
+from huggingface_hub import ModelCard
 from objective import CompletionObjective
 from PIL import Image
 from run_folder import RunFolder, parameter_groups
@@ -723,6 +724,12 @@ def test_the_evidence_of_a_run(run, tmp_path, toy):
     assert len(samples) == 8
     assert all(line["text"].startswith(line["prefix"]) for line in samples)
     assert all(line["reference"].startswith(line["prefix"]) for line in samples)
+    text = (folder.path / "best" / "README.md").read_text()
+    best = min(one["eval_loss"] for one in folder.rows() if "eval_loss" in one)
+    assert f"| {best:.3f} |" in text
+    assert "--num_train_epochs 0.25 --per_device_train_batch_size 8" in text
+    assert str(tmp_path) not in text
+    assert ModelCard(text).data.pipeline_tag == "image-text-to-text"
     page = (folder.path / "samples.html").read_text()
     assert page.count("<img ") == 8
     assert page.count("step ") == 8
@@ -781,3 +788,23 @@ def test_through_transformers_own_trainer(tmp_path, toy, monkeypatch):
     processor = NanoVLMProcessor.from_pretrained(tmp_path / "run")
     inputs = processor(images=square(3)[0], text="There is", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_recomputing_activations_changes_nothing(run, tmp_path, toy):
+    losses = []
+    for name, value in (("kept", "false"), ("recomputed", "true")):
+        options = ("--num_train_epochs", 0.25, "--logging_steps", 1, "--activation_checkpointing", value)
+        assert run("--config", CONFIG, *toy_options(toy, tmp_path / name), *options)[0] == 0
+        losses.append([row["train_loss"] for row in metrics(tmp_path / name) if "train_loss" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_training_learns_the_same(run, tmp_path, toy):
+    losses = []
+    for name, value in (("eager", "false"), ("compiled", "true")):
+        options = ("--num_train_epochs", 0.5, "--logging_steps", 1, "--compile", value, "--dropout", 0.0)
+        assert run("--config", CONFIG, *toy_options(toy, tmp_path / name), *options)[0] == 0
+        losses.append([row["train_loss"] for row in metrics(tmp_path / name) if "train_loss" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    NanoVLMForConditionalGeneration.from_pretrained(tmp_path / "compiled" / "last")

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import TrainingArguments
 from batches import TrainingBatches
+from card import card
 from evaluation import evaluate
 from evidence import Meter, count_flops, describe_run, write_samples, write_strip
 from objective import CompletionObjective
@@ -30,6 +32,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 from nanovlm_hf import InputError
+from nanovlm_hf.files import written_whole
 
 # A resumed run is the same run: only these fields may change.
 FREE_TO_CHANGE = ("resume", "overwrite", "output_dir", "save_total_limit", "trackers")
@@ -207,6 +210,10 @@ class _Run:
             done = self._after_step(grad_norm, stop)
         if accelerator.is_main_process:
             self.folder.save_model("last", self._judged_model(), self.processor)
+            text = card(self.folder.path.name, f'"runs/{self.folder.path.name}/best"', self.model.config, self.folder)
+            with written_whole(self.folder.path / "best" / "README.md") as file:
+                file.write(text)
+            shutil.copyfile(self.folder.path / "loss.png", self.folder.path / "best" / "loss.png")
             write_strip(self.folder, self.splits["validation"])
         self.bar.close()
         accelerator.end_training()
@@ -291,11 +298,10 @@ class _Run:
         patient = torch.ones((), device=accelerator.device)
         if accelerator.is_main_process:
             split, model = self.splits["validation"], self._judged_model()
-            rows = min(self.arguments.eval_samples, len(split))
             with accelerator.autocast():
                 metrics = evaluate(
                     CompletionObjective(model),
-                    split.photos[:rows],
+                    split.photos,
                     split.texts,
                     self.processor.image_processor,
                     accelerator.device,

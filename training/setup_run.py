@@ -61,6 +61,8 @@ def load_splits(arguments: TrainingArguments, processor: NanoVLMProcessor) -> di
         sources = arguments.texts if split == "train" else arguments.texts[:1]
         if split == "train" and arguments.train_samples is not None:
             rows = _lowest_hashes(rows, arguments.train_samples)
+        if split == "validation":  # in an order that is by chance, so that the first ones stand for all
+            rows = _lowest_hashes(rows, min(arguments.eval_samples, len(rows)))
         photos, rows = decode_once(rows, processor.image_processor)
         texts = {name: _texts_of(name, arguments.variant, rows, datasets, split) for name in sources}
         captions = rows["captions"]
@@ -91,11 +93,11 @@ def _load(name: str, variant: str) -> Any:
 
 
 def _lowest_hashes(rows: Dataset, count: int) -> Dataset:
-    """The same photos whatever else is in the dataset; more of them hold those of fewer."""
+    """The photos of the lowest hashes: the same whatever else is there, and more of them hold those of fewer."""
     if count > len(rows):
         raise InputError(f"train_samples: {count} photos, but the train split has {len(rows)}")
     order = sorted(range(len(rows)), key=[hash_of(image_id) for image_id in rows["image_id"]].__getitem__)
-    return rows.select(sorted(order[:count]))
+    return rows.select(order[:count])
 
 
 def _texts_of(name: str, variant: str, rows: Dataset, datasets: dict[str, Any], split: str) -> list[list[str]]:
