@@ -56,6 +56,13 @@ def project_loop(config: NanoVLMConfig, batches: TrainingBatches, fixed: bool) -
     return step
 
 
+def labels_of(text: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(texts, T), -100 where there is no loss."""
+    labels = torch.full_like(text["input_ids"], -100)
+    labels.view(-1)[text["places"] + 1] = text["targets"]
+    return labels
+
+
 def plain_loop(config: NanoVLMConfig, batches: TrainingBatches) -> Callable[[int], None]:
     """SDPA and bf16 autocast on one batch in memory."""
     model = PlainNanoVLM(config).train()
@@ -63,10 +70,11 @@ def plain_loop(config: NanoVLMConfig, batches: TrainingBatches) -> Callable[[int
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     batch = to_device(batches[0], NanoVLMImageProcessor(), torch.device("cpu"))
     (text,) = batch["texts"]
+    labels = labels_of(text)
 
     def step(number: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(batch["pixel_values"], text["input_ids"], text["labels"])
+            loss = model(batch["pixel_values"], text["input_ids"], labels)
         optimizer_step(model, optimizer, loss)
 
     return step
@@ -77,6 +85,7 @@ def tutorial_loop(config: NanoVLMConfig, batches: TrainingBatches, batch_size: i
     model = PlainNanoVLM(config, LoopedBlock).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     (text,) = batches[0]["texts"]
+    labels = labels_of(text)
     rng = np.random.default_rng(0)
     files = []
     for _ in range(batch_size):
@@ -92,7 +101,7 @@ def tutorial_loop(config: NanoVLMConfig, batches: TrainingBatches, batch_size: i
 
     def step(number: int) -> None:
         pixel_values = torch.stack([photo(content) for content in files])
-        optimizer_step(model, optimizer, model(pixel_values, text["input_ids"], text["labels"]))
+        optimizer_step(model, optimizer, model(pixel_values, text["input_ids"], labels))
 
     return step
 

@@ -460,17 +460,25 @@ def texts(tokenizer):
     return TokenizedTexts(sources, captions, tiny_processor(tokenizer))
 
 
+def learned_of(batch, tokenizer) -> list[str]:
+    text_of_label = batch["places"] // batch["input_ids"].shape[1]
+    return [tokenizer.decode(batch["targets"][text_of_label == text]) for text in range(len(batch["input_ids"]))]
+
+
 def test_a_batch_of_texts(texts, tokenizer):
     batch = texts.pad("short", [2, 0])
     assert batch["photo_of_text"].tolist() == [0, 1]
     assert (batch["input_ids"][:, 0] == 3).all()
-    assert (batch["labels"][:, 0] == -100).all()
-    assert torch.equal(batch["labels"] != -100, batch["attention_mask"].bool() & (batch["input_ids"] != 3))
-    learned = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    width = batch["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"].flatten()[batch["places"] + 1], batch["targets"]), (
+        "each label is the next token"
+    )
+    learned = learned_of(batch, tokenizer)
     assert learned[0] == "There is a big blue ball.<eos>"
+    assert batch["places"][0] == 0, "the picture predicts the first word"
+    assert (batch["places"] // width).unique().tolist() == [0, 1]
     captions = texts.pad("captions", [2, 1, 0], choices=[1, -1, 2])
-    learned = [tokenizer.decode(row[row != -100]) for row in captions["labels"]]
-    assert learned == ["happy to the left of a soft<eos>", "a red happy<eos>"]
+    assert learned_of(captions, tokenizer) == ["happy to the left of a soft<eos>", "a red happy<eos>"]
     assert captions["photo_of_text"].tolist() == [0, 2], "a choice of -1 leaves a photo out"
     assert texts.lengths().tolist() == [len(photo[0]) for photo in texts.ids["short"]]
 
@@ -600,10 +608,20 @@ def test_the_objective_is_the_models_own_loss(tokenizer):
     )
     targets = torch.zeros(2, 320)
     targets[0, 40] = 1
-    texts = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    apart = [{name: value[place : place + 1] for name, value in texts.items()} for place in (0, 1)]
-    apart = [text | {"photo_of_text": torch.tensor([place])} for place, text in enumerate(apart)]
-    for split in ([texts | {"photo_of_text": torch.arange(2)}], apart):
+    labels = batch["labels"]
+    whole = {"input_ids": batch["input_ids"], "photo_of_text": torch.arange(2)}
+    whole |= {"targets": labels[labels != -100], "places": (labels != -100).flatten().nonzero()[:, 0] - 1}
+    width, first = labels.shape[1], int((labels[0] != -100).sum())
+    apart = [
+        {
+            "input_ids": whole["input_ids"][place : place + 1],
+            "photo_of_text": torch.tensor([place]),
+            "targets": whole["targets"][part],
+            "places": whole["places"][part] - place * width,
+        }
+        for place, part in enumerate((slice(None, first), slice(first, None)))
+    ]
+    for split in ([whole], apart):
         text_loss, words_loss = CompletionObjective(model)(batch["pixel_values"], split, targets)
     count = (batch["labels"] != -100).sum()
     torch.testing.assert_close(text_loss / count, model(**batch).loss)
@@ -642,7 +660,7 @@ def test_the_gap_is_zero_for_a_model_that_cannot_look(texts):
     batch = texts.pad("short", [0, 1, 2, 3])
     del batch["photo_of_text"]
     features = seeing.encode(pixels.normalise(torch.from_numpy(photos), image_processor))
-    losses, _ = seeing.token_losses(features, **batch)
+    losses = seeing.token_losses(features, **batch)
     assert measured["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 

@@ -43,10 +43,13 @@ def evaluate(
     for start in range(0, len(photos), BATCH_SIZE):
         rows = list(range(start, min(start + BATCH_SIZE, len(photos))))
         batch = {name: value.to(device) for name, value in texts.pad(texts.names[0], rows).items()}
-        photo_of_text = batch.pop("photo_of_text") + start
+        photo_of_text = batch["photo_of_text"] + start
+        text_of_label = batch["places"] // batch["input_ids"].shape[1]
+        photo_of_label = photo_of_text[text_of_label].cpu().numpy()
         for column, source in enumerate((right, wrong)):
-            losses, text_of_label = objective.token_losses(source[photo_of_text], **batch)
-            photo_of_label = photo_of_text[text_of_label].cpu().numpy()
+            losses = objective.token_losses(
+                source[photo_of_text], batch["input_ids"], batch["targets"], batch["places"]
+            )
             np.add.at(sums[:, column], photo_of_label, losses.cpu().numpy())
         np.add.at(sums[:, 2], photo_of_label, 1)
     objective.train(training)

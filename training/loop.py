@@ -253,6 +253,8 @@ class _Run:
             self._log(grad_norm)
             self.meter.restart()
         ended = self._evaluate() if judge else False
+        if ended and not log:
+            self._log(grad_norm)
         if judge:
             self.meter.start = time.perf_counter()
             self.meter.images = self.meter.tokens = 0
@@ -351,7 +353,7 @@ def to_device(batch: dict[str, Any], image_processor: Any, device: torch.device)
         "pixel_values": to_pixel_values(crops, gain, bias, image_processor),
         "texts": texts,
         "word_targets": batch["word_targets"].to(device, non_blocking=True),
-        "tokens": sum(int((text["labels"] != -100).sum()) for text in batch["texts"]),
+        "tokens": sum(len(text["targets"]) for text in batch["texts"]),
     }
 
 

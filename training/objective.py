@@ -23,8 +23,9 @@ class CompletionObjective(nn.Module):
         Args:
             pixel_values: (photos, 3, height, width).
             texts: for each source a padded batch of its own, so that short texts are not padded to long ones:
-                `input_ids`, `attention_mask`, `labels` (texts, T), padded on the right, labels -100 where there is no
-                loss; `photo_of_text` (texts,), the place of each text's photo in `pixel_values`.
+                `input_ids` (texts, T), padded on the right; `targets` (labels,), ids to predict; `places` (labels,),
+                where in texts x T each is predicted; `photo_of_text` (texts,), the place of each text's photo in
+                `pixel_values`.
             word_targets: (photos, vocabulary), shares of the words to name; rows of 0 count nothing.
 
         Returns:
@@ -32,10 +33,10 @@ class CompletionObjective(nn.Module):
         """
         features = self.encode(pixel_values)
         text_loss = torch.zeros((), device=features.device)
-        for batch in texts:
-            batch = dict(batch)
-            token_losses, _ = self.token_losses(features[batch.pop("photo_of_text")], **batch)
-            text_loss = text_loss + token_losses.sum()
+        for text in texts:
+            own = features.index_select(0, text["photo_of_text"])
+            losses = self.token_losses(own, text["input_ids"], text["targets"], text["places"])
+            text_loss = text_loss + losses.sum()
         return text_loss, self.visual_word_losses(features, word_targets).sum()
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -43,23 +44,19 @@ class CompletionObjective(nn.Module):
         return self.model.get_image_features(pixel_values).pooler_output
 
     def token_losses(
-        self, features: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of every label, and the text it belongs to; both (labels that are not -100,)."""
-        inputs_embeds = self.model.get_input_embeddings()(input_ids)
-        features = features.to(inputs_embeds.dtype)
-        placeholders = self.model.model.get_placeholder_mask(input_ids, inputs_embeds, features)
-        outputs = self.model.model(
-            inputs_embeds=inputs_embeds.masked_scatter(placeholders, features),
-            attention_mask=attention_mask,
-            use_cache=False,
-        )
+        self, features: torch.Tensor, input_ids: torch.Tensor, targets: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross-entropy of every label, (labels,).
+
+        As the model's own loss, with the same numbers, but without asking the device for anything: the picture stands
+        first and pads stand last, so neither has to be looked for, and causal attention needs no mask.
+        """
+        embeddings = self.model.get_input_embeddings()(input_ids[:, features.shape[1] :])
+        inputs_embeds = torch.cat([features.to(embeddings.dtype), embeddings], dim=1)
+        outputs = self.model.model(inputs_embeds=inputs_embeds, use_cache=False)
         # The LM head is a large part of a small decoder: it runs only where there is a label.
-        targets = labels[:, 1:]
-        counted = targets != -100
-        logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][counted])
-        text_of_label = counted.nonzero()[:, 0]
-        return nn.functional.cross_entropy(logits.float(), targets[counted], reduction="none"), text_of_label
+        hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, places)
+        return nn.functional.cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none")
 
     def visual_word_losses(self, features: torch.Tensor, word_targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy between the words that the visual token names through the token embedding and the captions'.

@@ -59,7 +59,8 @@ class TokenizedTexts:
             choices: for each photo which of its texts, counted round; the first where not given; -1 leaves it out.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels` (texts, T), and `photo_of_text` (texts,): the place in `rows`.
+            `input_ids` (texts, T); `targets` (labels,), the ids of each text and <eos>; `places` (labels,), where in
+            texts x T each is predicted, one before it stands; `photo_of_text` (texts,), the place in `rows`.
         """
         texts = []
         for place, row in enumerate(rows):
@@ -69,17 +70,16 @@ class TokenizedTexts:
         start = len(self.prefix)
         length = start + max((len(ids) for _, ids in texts), default=0)
         input_ids = np.full((len(texts), length), self.pad_token_id)
-        labels = np.full((len(texts), length), -100)
-        attention_mask = np.zeros((len(texts), length), dtype=np.int64)
         input_ids[:, :start] = self.prefix
+        places = []
         for line, (_, ids) in enumerate(texts):
-            end = start + len(ids)
-            input_ids[line, start:end] = labels[line, start:end] = ids
-            attention_mask[line, :end] = 1
+            input_ids[line, start : start + len(ids)] = ids
+            first = line * length + start - 1
+            places.append(np.arange(first, first + len(ids)))
         return {
             "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-            "labels": torch.from_numpy(labels),
+            "targets": torch.from_numpy(np.concatenate([ids for _, ids in texts])) if texts else torch.zeros(0).long(),
+            "places": torch.from_numpy(np.concatenate(places)) if texts else torch.zeros(0).long(),
             "photo_of_text": torch.tensor([place for place, _ in texts], dtype=torch.long),
         }
 
