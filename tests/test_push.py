@@ -129,6 +129,12 @@ def test_to_folder_writes_what_would_be_uploaded(run, dataset, tmp_path):
     code, _, errors = run("data", "push", "--dataset", dataset, "--to-folder", tmp_path / "out")
     assert code == 1
     assert "it is there already" in errors[0]
+    # What a dataset was built with, its repositories have too.
+    run("data", "card", "--dataset", dataset, "--license", "mit", "--about", about)
+    assert run("data", "push", "--dataset", dataset, "--to-folder", tmp_path / "again")[0] == 0
+    card = (tmp_path / "again" / "ShortDesc" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "Everybody's." in card
     code, _, errors = run("data", "push", "--dataset", tmp_path, "--to-folder", tmp_path / "out")
     assert code == 1
     assert "no finished dataset" in errors[0]

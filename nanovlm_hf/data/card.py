@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ from .sources import VARIANTS
 from .splits import SPLITS
 from .statistics import TextStatistics, plot
 
+ABOUT, END_OF_ABOUT = "<!-- about -->", "<!-- end of about -->"
 NAMES = {"short": "ShortDesc", "long": "LongDesc"}
 SENTENCES = {
     "short": "Short descriptions (20-25 words) of photos in the words of a child of four or five.",
@@ -80,6 +82,13 @@ def write_card(folder: str | Path, license: str = "other", about: str = "", addr
         file.write(text)
 
 
+def origin_of(folder: Path) -> tuple[str, str]:
+    """The licence and the text about the origin that a dataset's card was written with."""
+    _, head, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    about = re.search(re.escape(ABOUT) + r"\n(.*?)\n" + re.escape(END_OF_ABOUT), body, re.DOTALL)
+    return yaml.safe_load(head)["license"], about[1] if about else ""
+
+
 def _card(
     names: dict[str, dict[str, list[str]]],
     rows: dict[str, dict[str, int]],
@@ -120,7 +129,7 @@ def _card(
         config=f', "{next(iter(names))}"' if len(names) > 1 else "",
         table="\n".join(table),
         columns="\n".join(f"- `{name}`: {_COLUMNS[name]}" for name in shown),
-        about=f"\n{about.strip()}\n" if about.strip() else "",
+        about=f"\n{ABOUT}\n{about.strip()}\n{END_OF_ABOUT}\n" if about.strip() else "",
         numbers=_numbers(statistics),
     )
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{body}"

@@ -305,18 +305,25 @@ def push(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write the two repositories there instead of uploading them.", show_default="upload"),
     ] = None,
-    license: License = "other",
-    about: About = None,
+    license: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of the descriptions.", show_default="the dataset's own"),
+    ] = None,
+    about: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Markdown for the cards.", show_default="the dataset's own"),
+    ] = None,
 ) -> None:
     """Publish a dataset on the Hub as two repositories, ShortDesc and LongDesc."""
     from .push import push_dataset, write_repositories
 
     if (namespace is None) == (to_folder is None):
         raise UsageError("--namespace names who publishes; --to-folder only writes: give one of the two")
+    text = None if about is None else _read_about(about)
     if to_folder is not None:
-        places = write_repositories(dataset, to_folder, license, _read_about(about))
+        places = write_repositories(dataset, to_folder, license, text)
     else:
-        places = push_dataset(dataset, namespace, license, _read_about(about), private=private)
+        places = push_dataset(dataset, namespace, license, text, private=private)
     for place in places:
         print(place)
 

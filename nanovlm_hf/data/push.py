@@ -11,19 +11,23 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import InputError, UsageError
-from .card import NAMES, write_card
+from .card import NAMES, origin_of, write_card
 from .sources import VARIANTS
 
 
 def write_repositories(
-    dataset: str | Path, out: str | Path, license: str = "other", about: str = "", namespace: str | None = None
+    dataset: str | Path,
+    out: str | Path,
+    license: str | None = None,
+    about: str | None = None,
+    namespace: str | None = None,
 ) -> list[Path]:
     """Writes a folder for each variant as it is on the Hub: Parquet files, card, statistics.
 
     Args:
         dataset: folder that `nanovlm data build` wrote.
         out: folder in which `ShortDesc` and `LongDesc` are made.
-        license, about: for the cards, as `write_card`.
+        license, about: for the cards, as `write_card`; those of the dataset's own card if not given.
         namespace: user or organization that the cards name.
 
     Raises:
@@ -35,6 +39,7 @@ def write_repositories(
     variants = [variant for variant in VARIANTS if (dataset / variant).is_dir()]
     if not variants:
         raise InputError(f"{dataset}: neither `short` nor `long` in it: build it with `nanovlm data build`")
+    own_license, own_about = origin_of(dataset)
     folders = []
     for variant in variants:
         folder = out / NAMES[variant]
@@ -42,13 +47,18 @@ def write_repositories(
             raise InputError(f"{folder}: it is there already: name another folder or remove it")
         shutil.copytree(dataset / variant, folder / variant, copy_function=_link_or_copy)
         address = f"{namespace}/{NAMES[variant]}" if namespace else NAMES[variant]
-        write_card(folder, license, about, address)
+        write_card(folder, license or own_license, own_about if about is None else about, address)
         folders.append(folder)
     return folders
 
 
 def push_dataset(
-    dataset: str | Path, namespace: str, license: str = "other", about: str = "", *, private: bool = False
+    dataset: str | Path,
+    namespace: str,
+    license: str | None = None,
+    about: str | None = None,
+    *,
+    private: bool = False,
 ) -> list[str]:
     """Uploads a dataset as `namespace/ShortDesc` and `namespace/LongDesc`, one commit each.
 
