@@ -107,14 +107,12 @@ class Meter:
         """Begins anew; called after an evaluation, whose time is not the step's."""
         self.losses, self.loss_sum = [], 0.0
         self.steps = self.tokens = self.images = 0
-        self.timed_steps = 0
         self.start = time.perf_counter()
 
     def add(self, loss: torch.Tensor, tokens: int, images: int) -> None:
         """Counts a step."""
         self.losses.append(loss)
         self.steps += 1
-        self.timed_steps += 1
         self.tokens += tokens
         self.images += images
 

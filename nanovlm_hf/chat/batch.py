@@ -19,8 +19,8 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from ..files import written_whole
-from .client import Endpoint, EndpointError, Outcome, one_line, reply_of, spent, stop_if_hopeless
-from .prices import BATCH_DISCOUNT, estimate_tokens
+from .client import Endpoint, EndpointError, Outcome, most_tokens, one_line, reply_of, spent, stop_if_hopeless
+from .prices import BATCH_DISCOUNT
 from .replies import ChatRequest, ReplyStore
 
 REQUESTS_PER_JOB = 20_000  # OpenAI takes 50,000 requests and 200 MB
@@ -98,7 +98,7 @@ class _Batches:
             return part
         left = self.endpoint.max_cost - spent(self.endpoint.price, self.store) - self._reserved()
         for number, request in enumerate(part):
-            left -= BATCH_DISCOUNT * self.endpoint.price.cost(*self.endpoint.most_tokens(request))
+            left -= BATCH_DISCOUNT * self.endpoint.price.cost(*most_tokens(request.messages, request.parameters))
             if left < 0:
                 return part[:number]
         return part
@@ -108,13 +108,9 @@ class _Batches:
         reserved = 0.0
         for path in self.folder.glob("*.jsonl"):
             if not self._note_of(path).get("fetched"):
-                reserved += BATCH_DISCOUNT * sum(
-                    self.endpoint.price.cost(
-                        2 * estimate_tokens(line["body"]["messages"]),
-                        line["body"].get("max_completion_tokens") or 4096,
-                    )
-                    for line in _lines(path.read_text(encoding="utf-8"))
-                )
+                bodies = (line["body"] for line in _lines(path.read_text(encoding="utf-8")))
+                most = (self.endpoint.price.cost(*most_tokens(body["messages"], body)) for body in bodies)
+                reserved += BATCH_DISCOUNT * sum(most)
         return reserved
 
     def _write(self, part: list[ChatRequest]) -> Path:

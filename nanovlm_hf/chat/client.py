@@ -70,10 +70,11 @@ class Endpoint:
             raise UsageError("OPENAI_API_KEY is not set: export it, or name another endpoint with --base-url")
         return key or "none"
 
-    def most_tokens(self, request: ChatRequest) -> tuple[int, int]:
-        """What a request may use at most: tokens in, about and rather too many, and tokens out."""
-        # 4,096 where the user lifted the limit: more than any reply that would be kept.
-        return 2 * estimate_tokens(request.messages), request.parameters.get("max_completion_tokens") or 4096
+
+def most_tokens(messages: list[dict[str, Any]], parameters: dict[str, Any]) -> tuple[int, int]:
+    """What a request may use at most: tokens in, about and rather too many, and tokens out."""
+    # 4,096 where the user lifted the limit: more than any reply that would be kept.
+    return 2 * estimate_tokens(messages), parameters.get("max_completion_tokens") or 4096
 
 
 @dataclass
@@ -146,7 +147,7 @@ class _Run:
         for request in requests:  # one iterator, shared by all workers
             most = 0.0
             if self.endpoint.max_cost is not None:
-                most = self.endpoint.price.cost(*self.endpoint.most_tokens(request))
+                most = self.endpoint.price.cost(*most_tokens(request.messages, request.parameters))
                 if not await self._reserve(most):
                     return
             try:
