@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -16,8 +17,12 @@ MAX_PIXELS = 120_000_000
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def open_photo(path: str | Path) -> Image.Image:
+def open_photo(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Decodes a photo; of an animation, the first frame. Mode and EXIF rotation are the image processor's part.
+
+    Args:
+        path: of the file; with `content` only its name, for messages.
+        content: the file's bytes, where they are at hand.
 
     Raises:
         InputError: for a file that is missing, empty, no picture, truncated, or of more than `MAX_PIXELS` pixels.
@@ -26,7 +31,7 @@ def open_photo(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below says it better
-            image = Image.open(path)  # reads the header alone
+            image = Image.open(path if content is None else io.BytesIO(content))  # reads the header alone
         with image:
             width, height = image.size
             if width * height > MAX_PIXELS:
@@ -45,7 +50,11 @@ def open_photo(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise InputError(f"{path}: the header claims far too many pixels: make the picture smaller first") from None
     except UnidentifiedImageError:
-        problem = "is empty" if path.stat().st_size == 0 else "is no picture that Pillow can read"
+        problem = (
+            "is empty"
+            if (path.stat().st_size if content is None else len(content)) == 0
+            else "is no picture that Pillow can read"
+        )
         raise InputError(f"{path}: {problem}: give a JPEG, PNG or WebP file") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, InputError):

@@ -33,6 +33,7 @@ from objective import CompletionObjective
 from PIL import Image
 from run_folder import RunFolder, parameter_groups
 from safetensors.torch import load_file
+from test_photos import png_header
 from texts import TokenizedTexts
 from toy_data import COLOURS, square, write_sources
 
@@ -776,7 +777,9 @@ def test_photos_that_do_not_decode(tmp_path, toy, monkeypatch):
         return buffer.getvalue()
 
     def rows(bad):
-        contents = [b"nothing" if number in bad else photo(number) for number in range(150)]
+        # One is no picture, one claims more pixels than are ever decoded.
+        damaged = {7: b"nothing", 9: png_header(60_000, 60_000)}
+        contents = [damaged[number] if number in bad else photo(number) for number in range(150)]
         features = Features({"image": HubImage(), "image_id": Value("int64")})
         return Dataset.from_dict(
             {"image": [{"bytes": one, "path": None} for one in contents], "image_id": list(range(150))},

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Image, config
-from PIL import Image as PILImage
 from tqdm import tqdm
 
 from nanovlm_hf import InputError, NanoVLMImageProcessor
 from nanovlm_hf.data.threads import map_in_order
+from nanovlm_hf.photos import open_photo
 
 MOST_DAMAGED = 0.01  # of a split's photos
 
@@ -54,10 +53,10 @@ def _decode(split: Dataset, image_processor: NanoVLMImageProcessor, path: Path) 
 
     def decode(image: dict[str, bytes]) -> np.ndarray | None:
         try:
-            with PILImage.open(io.BytesIO(image["bytes"])) as opened:
-                pixels = image_processor(opened, do_rescale=False, do_normalize=False, data_format="channels_last")
-        except (OSError, SyntaxError, ValueError, TypeError):
+            opened = open_photo(image["path"] or "photo", image["bytes"])
+        except InputError:
             return None
+        pixels = image_processor(opened, do_rescale=False, do_normalize=False, data_format="channels_last")
         return np.asarray(pixels["pixel_values"][0], dtype=np.uint8)
 
     images = (row["image"] for row in split.select_columns(["image"]).cast_column("image", Image(decode=False)))
