@@ -123,6 +123,7 @@ def main() -> None:
     batches = TrainingBatches(
         photos,
         TokenizedTexts({"short": texts}, texts, processor),
+        list(range(len(photos))),
         vocab_size=len(tokenizer),
         batch_size=arguments.batch_size,
         steps=1000,

@@ -10,3 +10,8 @@ class InputError(ValueError):
 
 class UsageError(InputError):
     """A wrong call of the command: exit code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

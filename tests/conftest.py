@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_data import write_sources
 
 from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor, cli
-from nanovlm_hf.data.tokenizer import train_tokenizer
+from nanovlm_hf.data.build import build_dataset
+from nanovlm_hf.data.tokenizer import train_tokenizer, train_tokenizer_on
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "yellow": (220, 210, 40)}
 SENTENCES = [
@@ -148,3 +150,39 @@ def small_disk(tmp_path):
 
     yield make
     subprocess.run(["umount", "--lazy", disk], capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A folder with `data`, a dataset of coloured squares, and `tokenizer`."""
+    folder = tmp_path_factory.mktemp("toy")
+    sources = write_sources(folder / "sources", photos=160)
+    build_dataset(sources / "captions.json", sources / "descriptions.jsonl", sources / "images", folder / "data")
+    train_tokenizer_on(str(folder / "data"), vocab_size=312).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one state a process, which other tests set."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def train(capsys, monkeypatch, fresh_accelerate):
+    """Runs train.py in this process: exit code and the errors."""
+    import train as script
+
+    def call(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            code = script.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return call

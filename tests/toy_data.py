@@ -1,5 +1,6 @@
 """A dataset that a small model can learn in seconds: one coloured square on grey, and what it is."""
 
+import io
 import json
 from pathlib import Path
 
@@ -17,6 +18,13 @@ def square(number: int) -> tuple[Image.Image, str]:
     left, top = rng.integers(0, 96, 2)
     image.paste(COLOURS[colour], (left, top, left + 128, top + 128))
     return image, colour
+
+
+def jpeg_of(number: int) -> bytes:
+    """The file of such a photo."""
+    buffer = io.BytesIO()
+    square(number)[0].save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 def write_sources(folder: Path, photos: int) -> Path:

@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from nanovlm_hf import InputError
+from nanovlm_hf.errors import first_line
 
 SOURCES = ("short", "long", "captions")
 
@@ -64,6 +65,10 @@ class TrainingArguments:
         0.0, "of the moving average of the weights that is judged and saved; 0 means the weights themselves"
     )
     num_train_epochs: float = _field(30.0, "passes over the photos")
+    max_steps: Optional[int] = _field(None, "optimizer steps, instead of num_train_epochs")
+    streaming: bool = _field(
+        False, "read and decode the train split as it comes, nothing downloaded first; needs max_steps"
+    )
     early_stopping_patience: int = _field(
         0, "evaluations without a better loss after which the run ends; 0 means never"
     )
@@ -107,6 +112,16 @@ class TrainingArguments:
             self.texts[0] == self.variant, "texts", self.texts[0], "comes first, but variant is judged: begin with it"
         )
         _refuse_unless(len(set(self.texts)) == len(self.texts), "texts", self.texts, "has a source twice")
+        for name in ("max_steps", "train_samples"):
+            value = getattr(self, name)
+            _refuse_unless(value is None or value >= 1, name, value, "is less than 1")
+        if self.streaming:
+            _refuse_unless(self.max_steps is not None, "max_steps", None, "but a stream has no length: say how many")
+            _refuse_unless(
+                self.train_samples is None, "train_samples", self.train_samples, "are not to be found in a stream"
+            )
+            others = set(self.texts) - {self.variant, "captions"}
+            _refuse_unless(not others, "texts", self.texts, f"but a stream holds {self.variant} and captions alone")
         same = len(self.text_weights) == len(self.texts) and all(0 <= weight <= 1 for weight in self.text_weights)
         _refuse_unless(same, "text_weights", self.text_weights, f"is not {len(self.texts)} numbers of 0 to 1")
 
@@ -157,7 +172,7 @@ def _yaml_as_argv(path: Path) -> list[str]:
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: cannot be read as YAML ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: this is no list of 'field: value' lines")
     argv = []

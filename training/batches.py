@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from texts import TokenizedTexts
 STEPS_PER_WINDOW = 16  # within so many steps texts of like length come together
 
 
-class TrainingBatches(torch.utils.data.Dataset):
+class TrainingBatches:
     """Batch `number` of this process, the same whenever it is asked for: all hangs on the seed.
 
     The photos of a step, their texts and how they are seen do not depend on how many processes or pieces share it.
@@ -20,6 +21,7 @@ class TrainingBatches(torch.utils.data.Dataset):
     Args:
         photos: uint8 (rows, height, width, 3), or a tensor of that kind on the device.
         texts: of the same rows.
+        image_ids: of the same rows.
         vocab_size: of the model.
         batch_size: photos in a batch.
         steps: of the whole run.
@@ -32,6 +34,7 @@ class TrainingBatches(torch.utils.data.Dataset):
         self,
         photos: np.ndarray | torch.Tensor,
         texts: TokenizedTexts,
+        image_ids: list[int],
         vocab_size: int,
         batch_size: int,
         steps: int,
@@ -42,7 +45,7 @@ class TrainingBatches(torch.utils.data.Dataset):
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.photos, self.texts, self.vocab_size = photos, texts, vocab_size
+        self.photos, self.texts, self.image_ids, self.vocab_size = photos, texts, image_ids, vocab_size
         self.batch_size, self.steps, self.pieces = batch_size, steps, pieces
         self.weights = weights or [1.0] * len(texts.names)
         self.augment, self.seed = augment, seed
@@ -55,12 +58,20 @@ class TrainingBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.steps * self.pieces
 
+    def from_step(self, step: int) -> Iterator[dict[str, object]]:
+        """The batches from a step on, `pieces` of them a step."""
+        return map(self.__getitem__, range(step * self.pieces, len(self)))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the photos until a step."""
+        return round(step * self.photos_per_step / len(self.photos), 3)
+
     def __getitem__(self, number: int) -> dict[str, object]:
         """A batch.
 
         Returns:
             `crops` (uint8), `gain` and `bias` for `to_pixel_values`; `texts`, a padded batch for each source;
-            `word_targets` (photos, vocabulary); and `rows`, the photos' places in the split.
+            `word_targets` (photos, vocabulary); and `image_ids`.
         """
         rows = self.rows(number)
         step = number // self.pieces
@@ -79,7 +90,7 @@ class TrainingBatches(torch.utils.data.Dataset):
             "bias": torch.from_numpy(look.bias),
             "texts": [texts for texts in padded if len(texts["input_ids"])],
             "word_targets": self.texts.word_targets(rows, self.vocab_size),
-            "rows": rows,
+            "image_ids": [self.image_ids[row] for row in rows],
         }
 
     def _choose(self, rng: np.random.Generator) -> np.ndarray:

@@ -38,9 +38,10 @@ def card(name: str, load_from: str, config: NanoVLMConfig, run: RunFolder, data:
     arguments, photos = record["arguments"], record["data"]
     counts = config.parameter_counts()
     if data is None:
+        train = photos["train"]["photos"]
         data = (
-            f"{photos['train']['photos']:,} photos to train and {photos['validation']['photos']:,} to validate of the "
-            f"dataset `{Path(arguments['dataset']).name}`."
+            f"{f'{train:,} photos' if train else 'A stream of photos'} to train and "
+            f"{photos['validation']['photos']:,} to validate of the dataset `{Path(arguments['dataset']).name}`."
         )
     fields = {
         "name": name,

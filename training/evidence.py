@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import importlib.metadata
 import io
@@ -23,6 +22,7 @@ from arguments import TrainingArguments
 from PIL import Image
 from run_folder import RunFolder
 from setup_run import Split
+from streaming import StreamedSplit
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
@@ -35,11 +35,13 @@ SAMPLES = 8
 PREFIX_WORDS = 4
 
 
-def describe_run(arguments: TrainingArguments, splits: dict[str, Split], accelerator: Any) -> dict[str, Any]:
+def describe_run(
+    arguments: TrainingArguments, splits: dict[str, Split | StreamedSplit], accelerator: Any
+) -> dict[str, Any]:
     """The run's fields, the versions it ran with, the data it saw and the machine: `run.yaml`."""
     return {
         "arguments": asdict(arguments),
-        "data": {name: {"photos": len(split), "sha256": data_fingerprint(split)} for name, split in splits.items()},
+        "data": {name: split.identity() for name, split in splits.items()},
         "processes": accelerator.num_processes,
         "distributed_type": str(accelerator.distributed_type.value),
         "device": device_name(accelerator.device),
@@ -47,17 +49,6 @@ def describe_run(arguments: TrainingArguments, splits: dict[str, Split], acceler
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
     }
-
-
-def data_fingerprint(split: Split) -> str:
-    """A hash of the photos' ids and of every text that is learned, in their order."""
-    digest = hashlib.sha256(np.asarray(split.image_ids, dtype=np.int64).tobytes())
-    for name, photos in split.texts.ids.items():
-        digest.update(name.encode())
-        for texts in photos:
-            for ids in texts:
-                digest.update(ids.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def device_name(device: torch.device) -> str:

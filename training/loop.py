@@ -26,6 +26,7 @@ from objective import CompletionObjective
 from pixels import to_pixel_values
 from run_folder import RunFolder, parameter_groups
 from setup_run import load_splits, model_and_processor
+from streaming import StreamedBatches, StreamedSplit
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -77,33 +78,37 @@ class _Run:
         self.flops_per_image: float | None = None
         self._resume()
         self.stop_signal = 0
-        self.recent_rows: list[list[int]] = []
+        self.recent_ids: list[list[int]] = []
 
     def _plan_steps(self) -> None:
-        arguments, photos = self.arguments, self.splits["train"].photos
+        arguments, split = self.arguments, self.splits["train"]
         pieces = arguments.gradient_accumulation_steps
         self.photos_per_step = arguments.per_device_train_batch_size * self.accelerator.num_processes * pieces
-        if self.photos_per_step > len(photos):
+        settings = {
+            "vocab_size": self.model.config.text_config.vocab_size,
+            "batch_size": arguments.per_device_train_batch_size,
+            "pieces": pieces,
+            "weights": arguments.text_weights,
+            "augment": arguments.augment,
+            "seed": arguments.seed,
+            "process_index": self.accelerator.process_index,
+            "num_processes": self.accelerator.num_processes,
+        }
+        if isinstance(split, StreamedSplit):
+            self.steps = arguments.max_steps
+            self.batches = StreamedBatches(split, self.processor, arguments.texts, steps=self.steps, **settings)
+            return
+        if self.photos_per_step > len(split):
             raise InputError(
                 f"per_device_train_batch_size: a step takes {self.photos_per_step} photos, "
-                f"the train split has {len(photos)}"
+                f"the train split has {len(split)}"
             )
-        self.steps = math.ceil(arguments.num_train_epochs * len(photos) / self.photos_per_step)
+        epochs_steps = math.ceil(arguments.num_train_epochs * len(split) / self.photos_per_step)
+        self.steps = arguments.max_steps or epochs_steps
+        photos = split.photos
         if self.accelerator.device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info()[0] // 2:
             photos = torch.from_numpy(photos.copy()).to(self.accelerator.device)
-        self.batches = TrainingBatches(
-            photos,
-            self.splits["train"].texts,
-            vocab_size=self.model.config.text_config.vocab_size,
-            batch_size=arguments.per_device_train_batch_size,
-            steps=self.steps,
-            pieces=pieces,
-            weights=arguments.text_weights,
-            augment=arguments.augment,
-            seed=arguments.seed,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
+        self.batches = TrainingBatches(photos, split.texts, split.image_ids, steps=self.steps, **settings)
 
     def _prepare(self) -> None:
         arguments, accelerator = self.arguments, self.accelerator
@@ -136,12 +141,30 @@ class _Run:
             accelerator.load_state(str(state))
             self.progress = json.loads((state / "progress.json").read_text(encoding="utf-8"))
             self.meter.load(self.progress.pop("meter"))
+            self._resume_stream(self.progress.pop("positions"))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.folder.cut_metrics(self.progress["step"])
             self.folder.describe(record)
         if arguments.trackers:
             accelerator.init_trackers("nanovlm", config={name: str(value) for name, value in asdict(arguments).items()})
+
+    def _resume_stream(self, positions: list[list[int]] | None) -> None:
+        if positions is None:
+            return
+        if len(positions) != self.accelerator.num_processes:
+            raise InputError(
+                f"resume: {len(positions)} processes read the stream before, {self.accelerator.num_processes} do now: "
+                "go on with as many"
+            )
+        self.batches.position = tuple(positions[self.accelerator.process_index])
+
+    def _positions(self) -> list[list[int]] | None:
+        """Where every process is in its part of the stream."""
+        if not self.arguments.streaming:
+            return None
+        own = torch.tensor([self.batches.position], device=self.accelerator.device)
+        return self.accelerator.gather(own).tolist()
 
     def _state_to_resume(self) -> Path | None:
         wanted = self.arguments.resume
@@ -186,10 +209,7 @@ class _Run:
     def _train(self) -> None:
         arguments, accelerator, progress = self.arguments, self.accelerator, self.progress
         pieces = arguments.gradient_accumulation_steps
-        loader = torch.utils.data.DataLoader(
-            self.batches, batch_size=None, sampler=range(progress["step"] * pieces, len(self.batches))
-        )
-        stream = iter(loader)
+        stream = self.batches.from_step(progress["step"])
         self.objective.train()
         self.bar = tqdm(
             total=self.steps * self.photos_per_step,
@@ -220,7 +240,7 @@ class _Run:
 
     def _optimizer_step(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
         """One step of the optimizer; the norm of its gradients, and the number of a signal that came."""
-        self.recent_rows.append([row for batch in batches for row in batch["rows"]])
+        self.recent_ids.append([image_id for batch in batches for image_id in batch["image_ids"]])
         if self.flops_per_image is None:
             results: list[Any] = []
             flops = count_flops(lambda: results.append(self._gradients(batches)))
@@ -259,9 +279,8 @@ class _Run:
             self.meter.start = time.perf_counter()
             self.meter.images = self.meter.tokens = 0
         if save or ended:
-            self.folder.save_state(
-                self.accelerator, self.progress | {"meter": self.meter.state()}, arguments.save_total_limit
-            )
+            progress = self.progress | {"meter": self.meter.state(), "positions": self._positions()}
+            self.folder.save_state(self.accelerator, progress, arguments.save_total_limit)
         if stop and not last:
             raise StoppedError(stop)
         return ended
@@ -270,18 +289,18 @@ class _Run:
         """Stops a run whose loss is no number before anything of it is saved."""
         ago = self.meter.first_bad()
         if ago is not None:
-            ids = [self.splits["train"].image_ids[row] for row in self.recent_rows[-1 - ago]]
+            ids = ", ".join(map(str, self.recent_ids[-1 - ago]))
             raise InputError(
-                f"step {self.progress['step'] - ago}: the loss is no number; photos of the batch (image_id): "
-                f"{', '.join(map(str, ids))}; what was saved before is intact: look at them, or lower learning_rate"
+                f"step {self.progress['step'] - ago}: the loss is no number; photos of the batch (image_id): {ids}; "
+                "what was saved before is intact: look at them, or lower learning_rate"
             )
-        self.recent_rows.clear()
+        self.recent_ids.clear()
 
     def _log(self, grad_norm: torch.Tensor) -> None:
         step = self.progress["step"]
         row = {
             "step": step,
-            "epoch": round(step * self.photos_per_step / len(self.splits["train"]), 3),
+            "epoch": self.batches.epoch(step),
             "learning_rate": self.schedule.get_last_lr()[0],
             "grad_norm": float(grad_norm),
             **self.meter.read(self.flops_per_image),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Image, config
@@ -44,22 +46,24 @@ def decode_once(split: Dataset, image_processor: NanoVLMImageProcessor) -> tuple
     return np.load(path, mmap_mode="r")[: len(split)], split
 
 
+def decode_photo(image: dict[str, Any], image_processor: NanoVLMImageProcessor) -> np.ndarray | None:
+    """A photo as `datasets` stores it (`bytes`, `path`), uint8 (224, 224, 3); None if it does not decode."""
+    try:
+        opened = open_photo(image["path"] or "photo", image["bytes"])
+    except InputError:
+        return None
+    pixels = image_processor(opened, do_rescale=False, do_normalize=False, data_format="channels_last")
+    return np.asarray(pixels["pixel_values"][0], dtype=np.uint8)
+
+
 def _decode(split: Dataset, image_processor: NanoVLMImageProcessor, path: Path) -> list[int]:
     """Writes the photos that decode, and returns the rows of those that do not."""
     shape = (len(split), image_processor.size["height"], image_processor.size["width"], 3)
     aside = path.with_suffix(".partial")
     store = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=shape)
     damaged = []
-
-    def decode(image: dict[str, bytes]) -> np.ndarray | None:
-        try:
-            opened = open_photo(image["path"] or "photo", image["bytes"])
-        except InputError:
-            return None
-        pixels = image_processor(opened, do_rescale=False, do_normalize=False, data_format="channels_last")
-        return np.asarray(pixels["pixel_values"][0], dtype=np.uint8)
-
     images = (row["image"] for row in split.select_columns(["image"]).cast_column("image", Image(decode=False)))
+    decode = partial(decode_photo, image_processor=image_processor)
     decoded = map_in_order(decode, images, workers=len(os.sched_getaffinity(0)))
     kept = 0
     for row, (_, pixels) in enumerate(

@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMProcessor
+from nanovlm_hf.errors import first_line
 from nanovlm_hf.files import written_whole
 
 
@@ -112,7 +113,7 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(f"{str(error).splitlines()[0]}") from None
+            raise OSError(first_line(error)) from None
 
     def states(self) -> list[Path]:
         """The whole states, the oldest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from arguments import TrainingArguments
 from datasets import Dataset, load_dataset
 from photo_store import decode_once
+from streaming import StreamedSplit, lowest_hashes, open_stream
 from texts import TokenizedTexts
 from transformers import AutoTokenizer
 
@@ -24,6 +26,7 @@ from nanovlm_hf import (
 from nanovlm_hf.checkpoints import PACKAGED
 from nanovlm_hf.configuration_nanovlm import PRESETS
 from nanovlm_hf.data.splits import hash_of
+from nanovlm_hf.errors import first_line
 
 PAPERS_NAMES = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
 
@@ -36,26 +39,36 @@ class Split:
         photos: uint8 (rows, height, width, 3), mapped from disk.
         texts: of the same rows.
         image_ids: of the same rows.
-        fingerprint: of the rows as `datasets` knows them.
     """
 
     photos: np.ndarray
     texts: TokenizedTexts
     image_ids: list[int]
-    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.photos)
 
+    def identity(self) -> dict[str, Any]:
+        """The number of photos, and a hash of their ids and of every text that is learned, in their order."""
+        digest = hashlib.sha256(np.asarray(self.image_ids, dtype=np.int64).tobytes())
+        for name, photos in self.texts.ids.items():
+            digest.update(name.encode())
+            for texts in photos:
+                for ids in texts:
+                    digest.update(ids.tobytes())
+        return {"photos": len(self), "sha256": digest.hexdigest()[:16]}
 
-def load_splits(arguments: TrainingArguments, processor: NanoVLMProcessor) -> dict[str, Split]:
-    """The train and validation splits; of validation, the judged source alone.
+
+def load_splits(arguments: TrainingArguments, processor: NanoVLMProcessor) -> dict[str, Split | StreamedSplit]:
+    """The train and validation splits; of validation, the judged source alone, and always at hand.
 
     Raises:
         InputError: for a dataset that cannot be loaded or lacks a split or column, and for photos that do not decode.
     """
+    if arguments.streaming:
+        return _open_streams(arguments, processor)
     datasets = {name: _load(arguments.dataset, name) for name in dict.fromkeys(_configs(arguments))}
-    splits = {}
+    splits: dict[str, Split | StreamedSplit] = {}
     for split in ("train", "validation"):
         rows = datasets[arguments.variant][split]
         sources = arguments.texts if split == "train" else arguments.texts[:1]
@@ -65,10 +78,25 @@ def load_splits(arguments: TrainingArguments, processor: NanoVLMProcessor) -> di
             rows = _lowest_hashes(rows, min(arguments.eval_samples, len(rows)))
         photos, rows = decode_once(rows, processor.image_processor)
         texts = {name: _texts_of(name, arguments.variant, rows, datasets, split) for name in sources}
-        captions = rows["captions"]
-        named = [photo or texts[arguments.variant][row] for row, photo in enumerate(captions)]
-        splits[split] = Split(photos, TokenizedTexts(texts, named, processor), rows["image_id"], rows._fingerprint)
+        splits[split] = Split(photos, TokenizedTexts(texts, rows["captions"], processor), rows["image_id"])
     return splits
+
+
+def _open_streams(arguments: TrainingArguments, processor: NanoVLMProcessor) -> dict[str, Split | StreamedSplit]:
+    try:
+        train, validation = (open_stream(arguments.dataset, arguments.variant, s) for s in ("train", "validation"))
+        rows = lowest_hashes(validation, arguments.eval_samples)
+    except Exception as error:  # as in `_load`
+        raise InputError(
+            f"dataset: {arguments.dataset} ({arguments.variant}) cannot be read as a stream: {first_line(error)}"
+        ) from None
+    _refuse_columns(arguments.dataset, train.rows.column_names)
+    photos, rows = decode_once(rows, processor.image_processor)
+    texts = {arguments.variant: [[description] for description in rows["description"]]}
+    return {
+        "train": train,
+        "validation": Split(photos, TokenizedTexts(texts, rows["captions"], processor), rows["image_id"]),
+    }
 
 
 def _configs(arguments: TrainingArguments) -> list[str]:
@@ -79,17 +107,19 @@ def _load(name: str, variant: str) -> Any:
     try:
         dataset = load_dataset(name, variant)
     except Exception as error:  # `datasets` raises many kinds for the one mistake of naming no dataset
-        reason = str(error).splitlines()[0]
-        raise InputError(f"dataset: {name} ({variant}) cannot be loaded: {reason}") from None
+        raise InputError(f"dataset: {name} ({variant}) cannot be loaded: {first_line(error)}") from None
     for split in ("train", "validation"):
         if split not in dataset or len(dataset[split]) < 2:
             raise InputError(f"dataset: {name} ({variant}) has no {split} split of two photos or more")
-    columns = dataset["train"].column_names
+    _refuse_columns(name, dataset["train"].column_names)
+    return dataset
+
+
+def _refuse_columns(name: str, columns: list[str]) -> None:
     missing = [one for one in ("image", "image_id", "captions", "description") if one not in columns]
     if missing:
         mend = ": put the photos back with `nanovlm data join`" if missing[0] == "image" else ""
         raise InputError(f"dataset: {name} has no column {missing[0]!r}, but {', '.join(columns)}{mend}")
-    return dataset
 
 
 def _lowest_hashes(rows: Dataset, count: int) -> Dataset:

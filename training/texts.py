@@ -22,7 +22,7 @@ class TokenizedTexts:
 
     Args:
         sources: for each source, the texts of each photo (none, one or several).
-        captions: of each photo, for the visual words.
+        captions: of each photo, for the visual words; where it has none, its first source's text serves.
         processor: whose tokenizer writes them.
     """
 
@@ -44,7 +44,8 @@ class TokenizedTexts:
                 for photo in zip(*sources.values(), strict=True)
             ]
         )
-        self.words = [_visual_words(photo, tokenizer) for photo in captions]
+        first = sources[self.names[0]]
+        self.words = _visual_words([own or first[row] for row, own in enumerate(captions)], tokenizer)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each photo's first text of the first source, 0 where there is none; (photos,)."""
@@ -92,14 +93,19 @@ class TokenizedTexts:
         return targets
 
 
-def _visual_words(captions: list[str], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    counts: Counter[str] = Counter()
-    for caption in captions:
-        counts.update(set(re.findall(r"[a-z]+", caption.lower())) - FUNCTION_WORDS)
-    tokens: Counter[int] = Counter()
-    for word, count in counts.items():
-        ids = tokenizer(f" {word}")["input_ids"]
-        if len(ids) == 1:  # a word in pieces has no embedding of its own to be named by
-            tokens[ids[0]] += count
-    shares = torch.tensor(list(tokens.values()), dtype=torch.float)
-    return torch.tensor(list(tokens), dtype=torch.long), shares / shares.sum() if len(tokens) else shares
+def _visual_words(captions: list[list[str]], tokenizer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each photo the tokens of its captions' content words, and the share of each."""
+    counts = [
+        Counter(word for caption in photo for word in set(re.findall(r"[a-z]+", caption.lower())) - FUNCTION_WORDS)
+        for photo in captions
+    ]
+    words = sorted(set().union(*counts))
+    pieces = tokenizer([f" {word}" for word in words])["input_ids"] if words else []
+    # A word in pieces has no embedding of its own to be named by.
+    token_of = {word: ids[0] for word, ids in zip(words, pieces, strict=True) if len(ids) == 1}
+    return [_shares({token_of[word]: count for word, count in photo.items() if word in token_of}) for photo in counts]
+
+
+def _shares(counts: dict[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    shares = torch.tensor(list(counts.values()), dtype=torch.float)
+    return torch.tensor(list(counts), dtype=torch.long), shares / shares.sum() if len(counts) else shares

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import openai
 from openai.types.chat import ChatCompletion
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, first_line
 from .prices import Price, estimate_tokens
 from .replies import ChatRequest, ReplyStore
 
@@ -276,5 +276,5 @@ def _retry_after(response: Any) -> float | None:
 
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind, short enough for a terminal."""
-    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = first_line(error)
     return message if len(message) <= 200 else message[:197] + "..."

@@ -18,7 +18,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import written_whole
 from .build import jpeg_bytes, original_bytes
 from .sources import Photo, read_all_captions
@@ -115,7 +115,7 @@ def _read_image_folder(folder: Path) -> tuple[list[Photo], dict[int, Path]]:
     try:
         splits = load_dataset("imagefolder", data_dir=str(folder))
     except Exception as error:  # `datasets` raises many kinds for the one mistake
-        raise InputError(f"{folder}: no image folder that `datasets` reads ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{folder}: no image folder that `datasets` reads ({first_line(error)})") from None
     photos: dict[int, Photo] = {}
     local: dict[int, Path] = {}
     for rows in splits.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .build import Builder, BuildSummary
 from .sources import VARIANTS, Photo, read_all_captions
 
@@ -64,7 +64,7 @@ def _rows(dataset: str) -> Iterable[tuple[str, dict]]:
     try:
         configs = {name: load_dataset(dataset, name) for name in get_dataset_config_names(dataset)}
     except Exception as error:  # `datasets` raises many kinds for the one mistake of naming no dataset
-        raise InputError(f"{dataset}: cannot be loaded as a dataset: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{dataset}: cannot be loaded as a dataset: {first_line(error)}") from None
     for variant, splits in configs.items():
         columns = next(iter(splits.values())).column_names
         if variant not in VARIANTS or "file_name" not in columns:

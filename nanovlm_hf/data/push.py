@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, first_line
 from .card import NAMES, origin_of, write_card
 from .sources import VARIANTS
 
@@ -105,7 +105,7 @@ def _reason(error: BaseException) -> str:
         return "the Hub does not accept the token (401): run `hf auth login`"
     if status == 403:
         return "the token may not write there (403): it needs the role `write` in that namespace"
-    return f"the Hub refuses it ({error.server_message or str(error).splitlines()[0]})"
+    return f"the Hub refuses it ({error.server_message or first_line(error)})"
 
 
 def _link_or_copy(source: str, target: str) -> None:

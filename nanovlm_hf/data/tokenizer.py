@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..configuration_nanovlm import TEXT_POSITIONS
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 VOCAB_SIZE = 5120
 # Their order gives the ids 0 to 3 that the configs name.
@@ -65,5 +65,5 @@ def train_tokenizer_on(dataset: str, vocab_size: int = VOCAB_SIZE) -> PreTrained
     try:
         splits = [load_dataset(dataset, name, split="train") for name in get_dataset_config_names(dataset)]
     except Exception as error:  # `datasets` raises many kinds for the one mistake of naming no dataset
-        raise InputError(f"{dataset}: cannot be loaded as a dataset: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{dataset}: cannot be loaded as a dataset: {first_line(error)}") from None
     return train_tokenizer((text for split in splits for text in split["description"]), vocab_size)

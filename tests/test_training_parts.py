@@ -1,0 +1,372 @@
+"""The parts of the training script: fields, texts, batches, pixels, losses, the run's folder."""
+
+import evaluation
+import loop
+import numpy as np
+import photo_store
+import pixels
+import pytest
+import setup_run
+import torch
+from accelerate import Accelerator
+from arguments import read_arguments
+from batches import TrainingBatches
+from conftest import picture, tiny_model, tiny_processor
+from decoding import repeats
+from export import export
+from objective import CompletionObjective
+from PIL import Image
+from run_folder import RunFolder, parameter_groups
+from runs import CONFIG, ROOT
+from test_photos import png_header
+from texts import TokenizedTexts
+from toy_data import COLOURS, jpeg_of, square
+
+from nanovlm_hf import (
+    InputError,
+    NanoVLMConfig,
+    NanoVLMImageProcessor,
+)
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def test_a_run_without_a_best_model_is_not_exported(tmp_path):
+    with pytest.raises(InputError, match="there is no best/ in this run"):
+        export(tmp_path, tmp_path / "out", "mini-short")
+
+
+def test_repeats_are_three_words_in_a_row():
+    assert repeats("a black hat and a black hat")
+    assert not repeats("a black hat and a black coat")
+
+
+def test_a_kill_between_two_renames_loses_no_model(tmp_path):
+    for name in ("last.previous", "best.previous", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "whose").write_text(name)
+    RunFolder(tmp_path, keep=True)
+    assert (tmp_path / "last" / "whose").read_text() == "last.previous"
+    assert (tmp_path / "best" / "whose").read_text() == "best"
+
+
+def test_lines_cut_short_and_lines_after_the_state_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.log({"step": step})
+    with folder.metrics_path.open("a") as file:
+        file.write('{"step": 4, "train')
+    assert [row["step"] for row in folder.rows()] == [1, 2, 3]
+    folder.cut_metrics(2)
+    assert folder.metrics_path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_command_line_wins_over_the_file():
+    arguments = read_arguments(["--config", str(CONFIG), "--learning_rate", "0.5", "--texts", "short", "captions"])
+    assert arguments.learning_rate == 0.5
+    assert arguments.texts == ["short", "captions"]
+    assert arguments.text_weights == [1.0, 1.0]
+    assert (arguments.preset, arguments.dropout) == ("mini", 0.1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_that_ships_is_valid(path):
+    arguments = read_arguments(["--config", str(path)])
+    assert (arguments.learning_rate, arguments.dropout) == (1e-3, 0.1)  # fixed by the paper, section 2.3
+    assert arguments.output_dir == f"runs/{path.stem}"
+
+
+def config_of(name: str) -> tuple:
+    arguments = read_arguments(["--config", str(ROOT / "training" / "configs" / f"{name}.yaml")])
+    return arguments, setup_run.model_config(arguments, vocab_size=5120)
+
+
+@pytest.mark.parametrize("preset", ["mini", "base", "large"])
+@pytest.mark.parametrize("variant", ["short", "long"])
+def test_the_papers_six_runs(preset, variant):
+    arguments, config = config_of(f"{preset}_{variant}")
+    assert (arguments.preset, arguments.variant) == (preset, variant)
+    assert config.parameter_counts() == NanoVLMConfig.from_preset(preset).parameter_counts()
+    assert config.image_seq_length == 1
+
+
+@pytest.mark.parametrize("share", [50, 60, 70, 80])
+def test_the_encoders_share_at_equal_parameters(share):
+    counts = config_of(f"ablation_encoder_{share}")[1].parameter_counts()
+    mini = NanoVLMConfig.from_preset("mini").parameter_counts()
+    assert counts["total"] == pytest.approx(mini["total"], rel=0.01)
+    assert counts["encoder"] / (counts["encoder"] + counts["decoder"]) == pytest.approx(share / 100, abs=0.015)
+
+
+@pytest.fixture
+def texts(tokenizer):
+    rows = [
+        {
+            "description": f"There is a big {colour} ball.",
+            "captions": [f"a {colour} happy", "happy to the left of a soft"],
+        }
+        for colour in COLOURS
+    ]
+    rows[1]["captions"] = ["a soft"]
+    captions = [row["captions"] for row in rows]
+    sources = {"short": [[row["description"]] for row in rows], "captions": captions}
+    return TokenizedTexts(sources, captions, tiny_processor(tokenizer))
+
+
+def learned_of(batch, tokenizer) -> list[str]:
+    text_of_label = batch["places"] // batch["input_ids"].shape[1]
+    return [tokenizer.decode(batch["targets"][text_of_label == text]) for text in range(len(batch["input_ids"]))]
+
+
+def test_a_batch_of_texts(texts, tokenizer):
+    batch = texts.pad("short", [2, 0])
+    assert batch["photo_of_text"].tolist() == [0, 1]
+    assert (batch["input_ids"][:, 0] == 3).all()
+    width = batch["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"].flatten()[batch["places"] + 1], batch["targets"]), (
+        "each label is the next token"
+    )
+    learned = learned_of(batch, tokenizer)
+    assert learned[0] == "There is a big blue ball.<eos>"
+    assert batch["places"][0] == 0, "the picture predicts the first word"
+    assert (batch["places"] // width).unique().tolist() == [0, 1]
+    captions = texts.pad("captions", [2, 1, 0], choices=[1, -1, 2])
+    assert learned_of(captions, tokenizer) == ["happy to the left of a soft<eos>", "a red happy<eos>"]
+    assert captions["photo_of_text"].tolist() == [0, 2], "a choice of -1 leaves a photo out"
+    assert texts.lengths().tolist() == [len(photo[0]) for photo in texts.ids["short"]]
+
+
+def test_visual_words_are_the_captions_content_words(texts, tokenizer):
+    targets = texts.word_targets([0, 1], 320)
+    named = {tokenizer.decode([token]): targets[0, token].item() for token in targets[0].nonzero()[:, 0]}
+    assert named == pytest.approx({" red": 0.25, " happy": 0.5, " soft": 0.25})
+    assert targets.sum(1).tolist() == pytest.approx([1, 1])
+    assert texts.has_side.tolist() == [True, False, True, True]
+
+
+def training_batches(texts, **kwargs) -> TrainingBatches:
+    photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    settings = {"batch_size": 2, "steps": 8, "augment": True, "seed": 5, "vocab_size": 320, **kwargs}
+    return TrainingBatches(photos, texts, list(range(4)), **settings)
+
+
+def ready(batch, image_size=32):
+    """A batch as the objective takes it."""
+    image_processor = NanoVLMImageProcessor(size={"height": image_size, "width": image_size})
+    return loop.to_device(batch, image_processor, torch.device("cpu"))
+
+
+def inputs_of(batch):
+    return {name: batch[name] for name in ("pixel_values", "texts", "word_targets")}
+
+
+def test_a_batch_depends_on_its_number_alone(texts):
+    one, again = training_batches(texts), training_batches(texts)
+    for _ in range(3):
+        one[0]
+    first, second, other = ready(one[3]), ready(again[3]), ready(one[5])
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    assert not torch.equal(first["pixel_values"], other["pixel_values"])
+
+
+def test_how_a_step_is_split_changes_nothing_of_it(texts):
+    """One process with four pieces, two with two, four with one: the same photos, texts and views."""
+    seen = []
+    for processes, pieces in ((1, 4), (2, 2), (4, 1)):
+        parts = [
+            training_batches(texts, batch_size=1, pieces=pieces, process_index=index, num_processes=processes)
+            for index in range(processes)
+        ]
+        step = [part[pieces * 3 + piece] for part in parts for piece in range(pieces)]
+        views = {batch["image_ids"][0]: ready(batch) for batch in step}
+        assert set(views) == {0, 1, 2, 3}
+        seen.append(views)
+    for other in seen[1:]:
+        for row, view in seen[0].items():
+            torch.testing.assert_close(view, other[row], atol=0, rtol=0)
+
+
+def test_every_epoch_takes_every_photo_once_over_all_processes(texts):
+    for epoch in range(2):
+        taken = []
+        for process in range(2):
+            part = training_batches(texts, batch_size=1, process_index=process, num_processes=2)
+            taken += [row for number in (2 * epoch, 2 * epoch + 1) for row in part.rows(number)]
+        assert sorted(taken) == [0, 1, 2, 3]
+
+
+def test_texts_of_like_length_come_together(tokenizer):
+    rng = np.random.default_rng(0)
+    descriptions = [[" ".join(["dog"] * size)] for size in rng.integers(5, 40, 640)]
+    texts = TokenizedTexts({"short": descriptions}, descriptions, tiny_processor(tokenizer))
+    photos = np.zeros((640, 32, 32, 3), dtype=np.uint8)
+    grouped = TrainingBatches(photos, texts, list(range(640)), vocab_size=320, batch_size=16, steps=40)
+    lengths = texts.lengths()
+    padded = sum(lengths[grouped.rows(number)].max() * 16 for number in range(40))
+    assert padded < 1.06 * lengths.sum()
+    assert sorted(row for number in range(40) for row in grouped.rows(number)) == list(range(640))
+    means = [lengths[grouped.rows(number)].mean() for number in range(40)]
+    assert np.corrcoef(means, range(40))[0, 1] ** 2 < 0.2, "not from short to long"
+
+
+def test_sources_come_by_their_weight(texts):
+    always = training_batches(texts, weights=[1.0, 1.0])
+    assert all(len(always[number]["texts"]) == 2 for number in range(4))
+    seldom = training_batches(texts, weights=[1.0, 0.25], steps=200)
+    captions = sum(len(text["input_ids"]) for number in range(200) for text in seldom[number]["texts"][1:])
+    assert captions == pytest.approx(0.25 * 2 * 200, rel=0.35)
+    never = training_batches(texts, weights=[0.0, 0.0])
+    assert all(len(never[number]["texts"]) == 1 for number in range(4)), "a photo never comes without a text"
+
+
+def test_pixels_are_those_of_the_image_processor(texts):
+    plain = training_batches(texts, augment=False)
+    rows = plain.rows(0)
+    image_processor = NanoVLMImageProcessor(size={"height": 32, "width": 32})
+    want = image_processor([Image.fromarray(plain.photos[row]) for row in rows], return_tensors="pt")
+    torch.testing.assert_close(ready(plain[0])["pixel_values"], want["pixel_values"], atol=1e-5, rtol=0)
+
+
+def looks(has_side, count=40):
+    own = [np.random.default_rng(number) for number in range(count)]
+    return pixels.random_look(np.random.default_rng(1), own, np.full(count, has_side), 224)
+
+
+def test_augmented_photos_mirror_only_where_they_may():
+    photos = np.zeros((40, 224, 224, 3), dtype=np.uint8)
+    photos[:, :, 112:] = 200
+    for has_side in (True, False):
+        look = looks(has_side)
+        crops = pixels.cut(photos, list(range(40)), look)
+        assert crops.shape == (40, 3, *look.size)
+        assert 0.55 < look.size[0] * look.size[1] / 224**2 <= 1.0
+        brighter_left = crops[..., :5].float().mean((1, 2, 3)) > crops[..., -5:].float().mean((1, 2, 3))
+        assert brighter_left.any() == (not has_side)
+        assert not brighter_left.all()
+
+
+def test_augmented_colours_stay_near_their_own():
+    look = looks(has_side=False)
+    assert np.abs(look.gain - 1).max() < 0.45
+    grey = look.gain * 0.5 + look.bias  # a middle grey stays one, lighter or darker
+    assert np.abs(grey - 0.5).max() < 0.15
+    assert len(np.unique(look.gain.round(4))) > 100, "each photo has its own light"
+    assert np.ptp(look.gain, axis=1).max() > 0.02, "and its own tint"
+
+
+def test_the_objective_is_the_models_own_loss(tokenizer):
+    model, processor = tiny_model(), tiny_processor(tokenizer)
+    batch = processor(
+        images=[picture(0), picture(1)], text=["There is a big dog.", "A kite"], return_labels=True, return_tensors="pt"
+    )
+    targets = torch.zeros(2, 320)
+    targets[0, 40] = 1
+    labels = batch["labels"]
+    whole = {"input_ids": batch["input_ids"], "photo_of_text": torch.arange(2)}
+    whole |= {"targets": labels[labels != -100], "places": (labels != -100).flatten().nonzero()[:, 0] - 1}
+    width, first = labels.shape[1], int((labels[0] != -100).sum())
+    apart = [
+        {
+            "input_ids": whole["input_ids"][place : place + 1],
+            "photo_of_text": torch.tensor([place]),
+            "targets": whole["targets"][part],
+            "places": whole["places"][part] - place * width,
+        }
+        for place, part in enumerate((slice(None, first), slice(first, None)))
+    ]
+    for split in ([whole], apart):
+        text_loss, words_loss = CompletionObjective(model)(batch["pixel_values"], split, targets)
+    count = (batch["labels"] != -100).sum()
+    torch.testing.assert_close(text_loss / count, model(**batch).loss)
+    visual = torch.nn.functional.layer_norm(model.get_image_features(batch["pixel_values"]).pooler_output[:1, 0], (32,))
+    logits = visual @ model.get_input_embeddings().weight.T
+    torch.testing.assert_close(words_loss, torch.nn.functional.cross_entropy(logits, torch.tensor([40])))
+
+
+def test_accumulation_weighs_tokens_not_pieces(texts):
+    """Pieces of unequal length give the gradients of one large batch."""
+    accelerator = Accelerator(cpu=True)
+    whole = [ready(training_batches(texts, batch_size=4)[0])]
+    in_pieces = training_batches(texts, batch_size=1, pieces=4)
+    pieces = [ready(in_pieces[number]) for number in range(4)]
+    results = []
+    for split in (whole, pieces):
+        objective = CompletionObjective(tiny_model())
+        loss, tokens, _ = loop.gradients(accelerator, objective, split, 0.5)
+        results.append((loss, tokens, [parameter.grad for parameter in objective.parameters()]))
+    assert results[0][1] == results[1][1]
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for one, other in zip(results[0][2], results[1][2], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_gap_is_zero_for_a_model_that_cannot_look(texts):
+    photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    image_processor = NanoVLMImageProcessor(size={"height": 32, "width": 32})
+    blind = tiny_model()
+    torch.nn.init.zeros_(blind.model.multi_modal_projector.fc2.weight)
+    measured = evaluation.evaluate(CompletionObjective(blind), photos, texts, image_processor, torch.device("cpu"))
+    assert measured["grounding_gap"] == pytest.approx(0, abs=1e-6)
+    seeing = CompletionObjective(tiny_model())
+    measured = evaluation.evaluate(seeing, photos, texts, image_processor, torch.device("cpu"))
+    assert abs(measured["grounding_gap"]) > 1e-3
+    batch = texts.pad("short", [0, 1, 2, 3])
+    del batch["photo_of_text"]
+    features = seeing.encode(pixels.normalise(torch.from_numpy(photos), image_processor))
+    losses = seeing.token_losses(features, **batch)
+    assert measured["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_the_gaps_error_is_that_of_a_ratio_over_photos():
+    sums = np.array([[10.0, 12.0, 10], [20.0, 20.0, 10], [5.0, 6.0, 5]])
+    measured = evaluation.summarise(sums)
+    assert measured["eval_loss"] == pytest.approx(35 / 25)
+    assert measured["grounding_gap"] == pytest.approx(3 / 25)
+    residuals = np.array([2 - 1.2, 0 - 1.2, 1 - 0.6])
+    assert measured["grounding_gap_stderr"] == pytest.approx(np.sqrt((residuals**2).sum()) / 25)
+
+
+def test_weight_decay_is_on_matrices_alone():
+    model = tiny_model()
+    decayed, others = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert {"model.vision_tower.cls_token", "model.vision_tower.position_embedding"} <= {
+        names[id(p)] for p in others["params"]
+    }
+
+
+def test_train_samples_are_the_lowest_hashes(tmp_path, toy):
+    from datasets import load_dataset
+
+    rows = load_dataset(str(toy / "data"), "short", split="train")
+    few, more = (set(setup_run._lowest_hashes(rows, count)["image_id"]) for count in (10, 30))
+    assert len(few) == 10
+    assert few < more
+    with pytest.raises(InputError, match="train_samples: 1000 photos"):
+        setup_run._lowest_hashes(rows, 1000)
+
+
+def test_photos_that_do_not_decode(tmp_path, toy, monkeypatch):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as HubImage
+
+    def rows(bad):
+        # One is no picture, one claims more pixels than are ever decoded.
+        damaged = {7: b"nothing", 9: png_header(60_000, 60_000)}
+        contents = [damaged[number] if number in bad else jpeg_of(number) for number in range(150)]
+        features = Features({"image": HubImage(), "image_id": Value("int64")})
+        return Dataset.from_dict(
+            {"image": [{"bytes": one, "path": None} for one in contents], "image_id": list(range(150))},
+            features=features,
+        )
+
+    image_processor = NanoVLMImageProcessor()
+    photos, kept = photo_store.decode_once(rows({7}), image_processor)
+    assert len(photos) == len(kept) == 149
+    assert kept["image_id"][:9] == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    assert np.abs(photos[7].astype(int) - np.asarray(square(8)[0])).mean() < 3, "rows and photos stay together"
+    with pytest.raises(InputError, match=r"2 of 150 photos cannot be decoded \(image_id 7, 9\)"):
+        photo_store.decode_once(rows({7, 9}), image_processor)
