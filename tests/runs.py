@@ -11,8 +11,11 @@ CONFIG = ROOT / "training" / "configs" / "mini_short.yaml"
 SCRIPT = ROOT / "training" / "train.py"
 
 
-def command(toy: Path, out: Path, processes: int = 1, **fields) -> list[str]:
-    """`accelerate launch training/train.py` on the toy dataset, with the launcher's configuration that ships."""
+def command(
+    toy: Path, out: Path, processes: int = 1, config: str | None = None, script: Path = SCRIPT, **fields
+) -> list[str]:
+    """`accelerate launch training/train.py` on the toy dataset, with a launcher's configuration that ships."""
+    config = config or ("ddp.yaml" if processes > 1 else "cpu.yaml")
     fields = {
         "dataset": toy / "data",
         "tokenizer": toy / "tokenizer",
@@ -23,9 +26,9 @@ def command(toy: Path, out: Path, processes: int = 1, **fields) -> list[str]:
         **fields,
     }
     options = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
-    launcher = ["--config_file", ROOT / "training" / "accelerate" / ("ddp.yaml" if processes > 1 else "cpu.yaml")]
-    launcher += ["--num_processes", processes, "--main_process_port", 0] if processes > 1 else []
-    whole = [sys.executable, "-m", "accelerate.commands.launch", *launcher, SCRIPT, "--config", CONFIG, *options]
+    launcher = ["--config_file", ROOT / "training" / "accelerate" / config]
+    launcher += ["--num_processes", processes, "--main_process_port", 0] if config != "cpu.yaml" else []
+    whole = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, "--config", CONFIG, *options]
     return list(map(str, whole))
 
 

@@ -18,7 +18,7 @@ from export import export
 from huggingface_hub import ModelCard
 from PIL import Image
 from run_folder import RunFolder
-from runs import CONFIG, SCRIPT, command, launch, measured, metrics, toy_options, weights
+from runs import CONFIG, ROOT, SCRIPT, command, launch, measured, metrics, toy_options, weights
 from safetensors.torch import load_file
 from toy_data import square, write_sources
 
@@ -28,6 +28,8 @@ from nanovlm_hf import (
 )
 from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.tokenizer import train_tokenizer_on
+
+FSDP_ON_CPUS = ROOT / "tests" / "fsdp_on_cpus.py"
 
 
 @pytest.mark.slow
@@ -163,6 +165,47 @@ def test_eight_photos_are_learned_by_heart(train, tmp_path):
     inputs = processor(images=rows["image"][:], text=[""] * 8, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     assert processor.batch_decode(tokens, skip_special_tokens=True) == rows["description"][:]
+
+
+@pytest.mark.slow
+def test_sharded_weights_learn_the_same(tmp_path, toy):
+    """FSDP2's sharding over two processes: the losses of one process, a state to go on from, a model to load."""
+    fields = {"mixed_precision": "no", "dropout": 0.0, "augment": "false", "texts": "short", "max_steps": 10}
+    fields |= {"save_steps": 6, "save_total_limit": 9, "eval_steps": 5, "per_device_train_batch_size": 4}
+    fsdp = {"processes": 2, "config": "fsdp.yaml", "script": FSDP_ON_CPUS}
+    launch(toy, tmp_path / "one", **fields, gradient_accumulation_steps=2)
+    launch(toy, tmp_path / "sharded", **fsdp, **fields)
+    launch(toy, tmp_path / "resumed", **fsdp, **fields, resume=tmp_path / "sharded" / "states" / "step-00000006")
+    assert RunFolder(tmp_path / "sharded", keep=True).description()["distributed_type"] == "FSDP"
+    one, sharded, resumed = (metrics(tmp_path / name) for name in ("one", "sharded", "resumed"))
+    for row, same in zip(one, sharded, strict=True):
+        for name in ("train_loss", "eval_loss"):
+            assert same.get(name) == pytest.approx(row.get(name), abs=1e-5)
+    assert [row.get("train_loss") for row in resumed] == [row.get("train_loss") for row in sharded[7:]]
+    assert weights(tmp_path / "resumed")[0] == weights(tmp_path / "sharded")[0]
+    loaded, report = NanoVLMForConditionalGeneration.from_pretrained(
+        tmp_path / "sharded" / "best", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    whole = NanoVLMForConditionalGeneration.from_pretrained(tmp_path / "one" / "best")
+    for mine, other in zip(loaded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fsdp_on_gpus(tmp_path, toy):
+    processes = torch.cuda.device_count()
+    launch(toy, tmp_path / "run", processes, config="fsdp.yaml", max_steps=10, eval_steps=5, save_steps=5)
+    assert metrics(tmp_path / "run")[-2]["train_loss"] < metrics(tmp_path / "run")[0]["train_loss"]
+    NanoVLMForConditionalGeneration.from_pretrained(tmp_path / "run" / "best")
+
+
+def test_an_average_of_sharded_weights_is_refused(tmp_path, toy):
+    fields = {"processes": 2, "config": "fsdp.yaml", "script": FSDP_ON_CPUS, "ema_decay": 0.9}
+    done = subprocess.run(command(toy, tmp_path / "run", **fields), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "train.py: ema_decay: sharded weights have no average here" in done.stderr
 
 
 def test_fsdp_without_a_gpu_is_refused(train, tmp_path, toy, monkeypatch):
@@ -347,6 +390,21 @@ def test_through_transformers_own_trainer(tmp_path, toy, monkeypatch):
     processor = NanoVLMProcessor.from_pretrained(tmp_path / "run")
     inputs = processor(images=square(3)[0], text="There is", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_trackers_get_what_the_log_gets(train, tmp_path, toy):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    options = ("--max_steps", 4, "--logging_steps", 1, "--eval_steps", 4, "--trackers", "tensorboard")
+    assert train("--config", CONFIG, *toy_options(toy, out), *options)[0] == 0
+    (folder,) = {path.parent for path in out.rglob("events.out.*") if path.parent.name == "nanovlm"}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tracked = [event.value for event in events.Scalars("train_loss")]
+    rows = metrics(out)
+    assert tracked == pytest.approx([row["train_loss"] for row in rows if "train_loss" in row])
+    assert events.Scalars("eval_loss")[0].value == pytest.approx(rows[-1]["eval_loss"])
 
 
 def test_recomputing_activations_changes_nothing(train, tmp_path, toy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from arguments import TrainingArguments
 from batches import TrainingBatches
 from card import card
@@ -114,6 +115,10 @@ class _Run:
         arguments, accelerator = self.arguments, self.accelerator
         objective = CompletionObjective(self.model).to(accelerator.device)
         self.average = None
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.whole = copy.deepcopy(objective) if self.sharded else None
+        if arguments.ema_decay and self.sharded:
+            raise InputError("ema_decay: sharded weights have no average here: use ddp.yaml, or leave it out")
         if arguments.ema_decay:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
             accelerator.register_for_checkpointing(self.average)
@@ -228,8 +233,9 @@ class _Run:
             progress["step"] += 1
             self.bar.update(self.photos_per_step)
             done = self._after_step(grad_norm, stop)
+        model = self._judged_model()
         if accelerator.is_main_process:
-            self.folder.save_model("last", self._judged_model(), self.processor)
+            self.folder.save_model("last", model, self.processor)
             text = card(self.folder.path.name, f'"runs/{self.folder.path.name}/best"', self.model.config, self.folder)
             with written_whole(self.folder.path / "best" / "README.md") as file:
                 file.write(text)
@@ -311,14 +317,21 @@ class _Run:
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
 
     def _judged_model(self) -> torch.nn.Module:
-        return self.model if self.average is None else self.average.module
+        """The model that is judged and saved; every process calls it, and the main one has it."""
+        if not self.sharded:
+            return self.model if self.average is None else self.average.module
+        weights = self.accelerator.get_state_dict(self.objective)
+        if self.accelerator.is_main_process:
+            self.whole.load_state_dict(weights)
+        return self.whole.model
 
     def _evaluate(self) -> bool:
         """Judges the model on validation photos, keeps the best; whether patience is at its end."""
         accelerator, progress = self.accelerator, self.progress
         patient = torch.ones((), device=accelerator.device)
+        model = self._judged_model()
         if accelerator.is_main_process:
-            split, model = self.splits["validation"], self._judged_model()
+            split = self.splits["validation"]
             with accelerator.autocast():
                 metrics = evaluate(
                     CompletionObjective(model),
@@ -348,20 +361,28 @@ class _Run:
 
 
 def _accelerator(arguments: TrainingArguments) -> Accelerator:
-    cpu = not torch.cuda.is_available()
-    if cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise InputError(
-            "accelerate: there is no GPU, and on CPUs Accelerate runs DDP for FSDP: use cpu.yaml or ddp.yaml"
-        )
+    refuse_fsdp_on_cpus()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
-            cpu=cpu,
+            cpu=not torch.cuda.is_available(),
             log_with=arguments.trackers or None,
             project_dir=arguments.output_dir if arguments.trackers else None,
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"trackers, mixed_precision: {error}") from None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # Autocast alone, as in every other run: FSDP's own policy would also round losses and gradients to bf16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    return accelerator
+
+
+def refuse_fsdp_on_cpus() -> None:
+    """Accelerate would say nothing and run something else."""
+    if not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise InputError(
+            "accelerate: there is no GPU, and on CPUs Accelerate runs DDP for FSDP: use cpu.yaml or ddp.yaml"
+        )
 
 
 def to_device(batch: dict[str, Any], image_processor: Any, device: torch.device) -> dict[str, Any]:
