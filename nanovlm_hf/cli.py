@@ -12,12 +12,14 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from .data.cli import app as data_app
 from .errors import InputError, UsageError
+from .evaluation.cli import app as evaluate_app
 
 if TYPE_CHECKING:
     from .completion import Completion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Small vision-language models for Transformers.")
 app.add_typer(data_app, name="data")
+app.add_typer(evaluate_app, name="evaluate")
 
 WRONG_USE = 2
 FAILURE = 1
@@ -53,7 +55,7 @@ def complete(
 
     from . import completion
 
-    _quiet()
+    quiet()
     photos = photos or [_sample_photo()]
     settings = {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "do_sample": temperature > 0}
     if temperature > 0:
@@ -121,7 +123,7 @@ def info(
         print(f"{part:<10} {count:>12,} {100 * count / counts['total']:>5.1f}%  {shapes[part]}")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leaves the terminal to the answers: no warnings and bars of the libraries."""
     import warnings
 

@@ -38,6 +38,25 @@ def good_text(content, sentences):
     return " ".join(line.format(*map(rng.choice, (HOW, WHO, DOES, HOW, WHAT, WHERE))) for _ in range(sentences))
 
 
+def said(body):
+    """The words of the last message; of a picture beside them, that there is one."""
+    content = body["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] if part["type"] == "text" else "(a picture)" for part in content)
+
+
+def grades(content, criteria, fault=None):
+    """Grades as JSON, the same for the same content; two faults are grades that nobody can take."""
+    rng = random.Random(digest("grades" + content))
+    found = {name: rng.randint(2, 9) for name in criteria}
+    if fault == "emoji":
+        found[criteria[0]] = 11
+    elif fault == "german":
+        del found[criteria[-1]]
+    return json.dumps(found)
+
+
 class Server:
     def __init__(self, log, faults, latency, batches):
         self.log, self.faults, self.latency, self.batches_allowed = log, faults, latency, batches
@@ -57,14 +76,16 @@ class Server:
 
     def note(self, content, status):
         label = re.search(r"photo (\d+)", content)
-        self.log.write(
-            json.dumps({"photo": label and int(label[1]), "status": status, "time": time.monotonic()}) + "\n"
-        )
+        entry = {"photo": label and int(label[1]), "status": status, "time": time.monotonic()}
+        self.log.write(json.dumps(entry | {"picture": "(a picture)" in content}) + "\n")
         self.log.flush()
 
     def completion(self, body, fault):
-        content = body["messages"][-1]["content"]
+        content = said(body)
         text = good_text(content, 7 if "60-70" in content else 3)
+        schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
+        if schema is not None:
+            text = grades(content, list(schema["properties"]), fault)
         message, finish = {"role": "assistant", "content": text}, "stop"
         if fault == "length":
             message["content"], finish = text[:50], "length"
@@ -76,8 +97,10 @@ class Server:
                 "refusal-text": "I'm sorry, but I can't help with that request about the picture.",
                 "words": "A dog.",
                 "opening": "Oh, " + text,
-                "emoji": text + " \N{SMILING FACE WITH OPEN MOUTH}",
-                "german": "Der Junge spielt mit dem Hund im Garten. Die Sonne scheint und alle sind sehr froh heute.",
+                "emoji": text if schema else text + " \N{SMILING FACE WITH OPEN MOUTH}",
+                "german": text
+                if schema
+                else "Der Junge spielt mit dem Hund im Garten. Die Sonne scheint und alle sind sehr froh heute.",
             }
             message["content"] = bad.get(fault, text)
         usage = {"prompt_tokens": 200, "completion_tokens": 30, "total_tokens": 230}
@@ -139,7 +162,7 @@ class Server:
         return self.error(writer, 404, "no such endpoint")
 
     async def chat(self, writer, body):
-        content = body["messages"][-1]["content"]
+        content = said(body)
         if body["model"] == "no-such-model":
             return self.error(writer, 404, "The model `no-such-model` does not exist", "model_not_found")
         fault = self.fault_of(content)
@@ -233,7 +256,7 @@ class Server:
         good, bad = [], []
         for line in self.files[batch["input_file_id"]].split(b"\n"):
             request = json.loads(line)
-            content = request["body"]["messages"][-1]["content"]
+            content = said(request["body"])
             fault = self.fault_of(content)
             self.note(content, fault or "good")
             row = {"id": f"r{len(good) + len(bad)}", "custom_id": request["custom_id"], "response": None, "error": None}

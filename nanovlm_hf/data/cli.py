@@ -117,8 +117,9 @@ def describe(
     from contextlib import nullcontext
 
     from ..chat.client import Endpoint
-    from ..chat.prices import LISTED, Price
+    from ..chat.prices import price_of
     from ..chat.replies import ReplyStore
+    from ..chat.terminal import asker, print_estimate
     from . import quality
     from .describe import MAX_COMPLETION_TOKENS, Describer, DescribeSettings, packaged_prompt, read_prompt
     from .sources import VARIANTS, read_all_captions, read_descriptions, shard_of
@@ -147,14 +148,13 @@ def describe(
         max_completion_tokens={name: max_completion_tokens or MAX_COMPLETION_TOKENS[name] for name in VARIANTS},
         attempts=attempts,
     )
-    paid = price or LISTED.get(model)
     endpoint = Endpoint(
         model=model,
         **({} if base_url is None else {"base_url": base_url}),
         concurrency=concurrency,
         timeout=timeout,
         tries=tries,
-        price=None if paid is None else Price(*paid),
+        price=price_of(model, price),
         max_cost=max_cost,
     )
     if given is None and not dry_run:
@@ -167,9 +167,9 @@ def describe(
         describer = Describer(photos, settings, store, given)
         if dry_run:
             describer.judge()
-            _print_estimate(describer.estimate(endpoint.price, batch), endpoint)
+            print_estimate(describer.estimate(endpoint.price, batch), endpoint)
             return
-        failures = describer.run(_asker(endpoint, store, batch, poll_seconds))
+        failures = describer.run(asker(endpoint, store, batch, poll_seconds))
         out.mkdir(parents=True, exist_ok=True)
         report = describer.write(out, failures)
     for name, counts in report["variants"].items():
@@ -187,38 +187,6 @@ def _refuse_strangers(path: Path, given: dict[int, Any], photos: list[Any]) -> N
     strangers = given.keys() - {photo.image_id for photo in photos}
     if strangers:
         raise InputError(f"{path}: {len(strangers)} of its image_ids have no captions, first {min(strangers)}")
-
-
-def _asker(endpoint: Any, store: Any, batch: bool, poll_seconds: float) -> Any:
-    """Asks a round of requests under a progress bar."""
-    from tqdm import tqdm
-
-    from ..chat.batch import ask_all_in_batches
-    from ..chat.client import ask_all
-
-    def ask(requests: Any, total: int) -> Any:
-        with tqdm(total=total, unit="reply", mininterval=0.5, smoothing=0.05) as bar:
-
-            def progress(cost: float | None) -> None:
-                if cost is not None:
-                    bar.set_postfix_str(f"${cost:.2f}", refresh=False)
-                bar.update()
-
-            def say(line: str) -> None:
-                bar.write(line, file=sys.stderr)
-
-            if batch:
-                return ask_all_in_batches(endpoint, requests, store, progress, say, poll_seconds)
-            return ask_all(endpoint, requests, store, progress)
-
-    return ask
-
-
-def _print_estimate(estimate: dict[str, Any], endpoint: Any) -> None:
-    cost = estimate["cost"]
-    print(f"{estimate['calls']} calls of {endpoint.model} at {endpoint.base_url}")
-    print(f"about {estimate['prompt_tokens']:,} tokens in and {estimate['completion_tokens']:,} out")
-    print("price unknown: add --price INPUT OUTPUT" if cost is None else f"about ${cost:.2f}")
 
 
 @app.command("build")

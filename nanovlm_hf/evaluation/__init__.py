@@ -1,0 +1,1 @@
+"""Judging models: completions, a chat model's grades, originality, grounding, coherence, people, and the report."""
