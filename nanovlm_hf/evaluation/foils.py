@@ -25,13 +25,15 @@ def foils_of(texts: list[str], captions: list[list[str]]) -> dict[str, dict[int,
     foils: dict[str, dict[int, str]] = {"colour": {}, "object": {}, "count": {}}
     for place, text in enumerate(texts):
         for kind, words in (("colour", COLOURS), ("count", COUNTS)):
-            match = re.search(rf"\b({'|'.join(words)})\b", text)
+            match = re.search(rf"\b({'|'.join(words)})\b", text, re.IGNORECASE)
             others = [word for word in words if not re.search(rf"\b{word}\b", said[place])]
             if match and others:
                 foils[kind][place] = _swap(text, match.span(), _choose(others, place))
         present = {one for name, _ in objects_in(said[place]) for one in classes_of(name)}
         others = [name for name in common if not present & set(classes_of(name)) and name not in said[place]]
-        mine = [(name, span) for name, span in objects_in(text) if name in common and text[slice(*span)] == name]
+        mine = [
+            (name, span) for name, span in objects_in(text) if name in common and text[slice(*span)].lower() == name
+        ]
         if mine and others:
             foils["object"][place] = _swap(text, mine[0][1], _choose(others, place))
     return foils
@@ -47,4 +49,4 @@ def _swap(text: str, span: tuple[int, int], word: str) -> str:
     article = re.search(r"\b(a)n? $", before, re.IGNORECASE)
     if article is not None:
         before = before[: article.start()] + article[1] + ("n " if word[0] in "aeiou" else " ")
-    return before + word + text[span[1] :]
+    return before + (word.capitalize() if text[span[0]].isupper() else word) + text[span[1] :]

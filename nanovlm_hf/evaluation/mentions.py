@@ -74,13 +74,25 @@ def _noun_at(matches: list[re.Match[str]], place: int) -> str | None:
     readings = _readings(word)
     if "NOUN" not in readings or word in _not_things() or readings["NOUN"][0] in _not_things():
         return None
-    if "VERB" in readings or "ADJ" in readings:
-        before = place - 1
-        while before >= 0 and "ADJ" in _readings(matches[before][0].lower()):
-            before -= 1
-        if word.endswith("ing") or before < 0 or matches[before][0].lower() not in _BEFORE_NOUNS:
-            return None
+    if ("VERB" in readings or "ADJ" in readings) and (word.endswith("ing") or not _after_article(matches, place)):
+        return None
     return readings["NOUN"][0]
+
+
+def _after_article(matches: list[re.Match[str]], place: int) -> bool:
+    """Whether an article or its like stands before a word, with only adjectives and nouns in the singular between.
+
+    After a noun, a word in -s is taken for a verb ("the man rides").
+    """
+    word = matches[place][0].lower()
+    for before in (match[0].lower() for match in reversed(matches[:place])):
+        if before in _BEFORE_NOUNS:
+            return True
+        readings = _readings(before)
+        singular = readings.get("NOUN", ("",))[0] == before != "people" and not word.endswith("s")
+        if "ADJ" not in readings and not singular:
+            return False
+    return False
 
 
 def mentions(completions: list[str], prefixes: list[str], captions: list[list[str]]) -> dict[str, Any]:
@@ -103,9 +115,11 @@ def mentions(completions: list[str], prefixes: list[str], captions: list[list[st
         if not photo:
             rows.append({"named": [], "unseen": [], "missed": []})
             continue
+        # A completion may go on after the prefix's article: what it names is seen in the whole text.
         given = _names(prefix)
+        whole = objects_in(f"{prefix} {completion}")
         seen = [_names(caption) for caption in photo]
-        named = sorted(_names(completion) - given)
+        named = sorted({name for name, (start, _) in whole if start >= len(prefix)} - given)
         unseen = [name for name in named if not any(_among(name, one) for one in seen)]
         wanted = {name for one in seen for name in one if sum(_among(name, each) for each in seen) >= RECALL_FROM}
         wanted = {name for name in wanted if not _among(name, given)}
