@@ -97,7 +97,7 @@ def _complete(generator: Generator, name: str, item: Item) -> Row:
     made = generator.complete(item.image, item.prefix)
     seconds = time.perf_counter() - start
     return Row(
-        item.item_id, name, item.prefix, made.text, made.completion, item.reference, round(seconds, 4), made.new_tokens
+        item.item_id, name, item.prefix, made.text, made.completion, item.reference, round(seconds, 6), made.new_tokens
     )
 
 
@@ -105,7 +105,7 @@ def _speed(rows: list[Row]) -> dict[str, float]:
     seconds = sorted(row.seconds for row in rows)
     return {
         "seconds_per_completion": seconds[len(seconds) // 2],
-        "tokens_per_second": round(sum(row.new_tokens for row in rows) / sum(seconds), 1),
+        "tokens_per_second": round(sum(row.new_tokens for row in rows) / max(sum(seconds), 1e-6), 1),
     }
 
 

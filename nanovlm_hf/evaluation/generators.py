@@ -63,9 +63,11 @@ class Generator:
         """The completion of a prefix about an RGB photo."""
         inputs = self.inputs(image, prefix).to(self.model.device)
         tokens = self.model.generate(**inputs, **self.settings)[0]
-        new = tokens[self.prompt_length(inputs) :]
-        completion = self.decode(new)
-        return Generated(self.whole(prefix, tokens, completion), completion.strip(), len(new))
+        length = self.prompt_length(inputs)
+        # What stands first in a text may be decoded otherwise than within one, so both are decoded from the beginning.
+        said, before = self.decode(tokens), self.decode(tokens[:length])
+        completion = said[len(before) :] if said.startswith(before) else self.decode(tokens[length:])
+        return Generated(self.whole(prefix, said, completion), " ".join(completion.split()), len(tokens) - length)
 
     def inputs(self, image: Image.Image, prefix: str) -> Any:
         """What `generate` takes."""
@@ -79,9 +81,9 @@ class Generator:
         """Text of tokens, without special ones."""
         return self.processor.decode(tokens, skip_special_tokens=True)
 
-    def whole(self, prefix: str, tokens: torch.Tensor, completion: str) -> str:
-        """Prefix and completion."""
-        return " ".join(self.decode(tokens).split())
+    def whole(self, prefix: str, said: str, completion: str) -> str:
+        """Prefix and completion, of all that was decoded."""
+        return " ".join(said.split())
 
 
 class NanoVLM(Generator):
@@ -132,7 +134,7 @@ class Kosmos2(Generator):
         text = super().decode(tokens)
         return self.processor.post_process_generation(text, cleanup_and_extract=True)[0]
 
-    def whole(self, prefix: str, tokens: torch.Tensor, completion: str) -> str:
+    def whole(self, prefix: str, said: str, completion: str) -> str:
         return join(prefix, completion)
 
 
@@ -149,7 +151,7 @@ class Chat(Generator):
             text = f"{getattr(self.processor, 'image_token', '')}{prefix}"
         return self.processor(images=image, text=text, return_tensors="pt")
 
-    def whole(self, prefix: str, tokens: torch.Tensor, completion: str) -> str:
+    def whole(self, prefix: str, said: str, completion: str) -> str:
         return join(prefix, completion)
 
 
