@@ -56,6 +56,14 @@ def test_the_gap_and_its_error():
     assert measured["grounding_gap_stderr"] == pytest.approx(2 / tokens.mean() / 5000**0.5, rel=0.05)
 
 
+def test_the_gaps_error_is_that_of_a_ratio_over_photos():
+    measured = gap(np.array([10.0, 20.0, 5.0]), np.array([12.0, 20.0, 6.0]), np.array([10, 10, 5]))
+    assert measured["eval_loss"] == pytest.approx(35 / 25)
+    assert measured["grounding_gap"] == pytest.approx(3 / 25)
+    residuals = np.array([2 - 1.2, 0 - 1.2, 1 - 0.6])
+    assert measured["grounding_gap_stderr"] == pytest.approx(np.sqrt((residuals**2).sum()) / 25)
+
+
 def test_hits_among_the_best():
     scores = np.array([[3.0, 1.0, 0.0], [2.0, 1.0, 0.0], [5.0, 4.0, 3.0]])
     assert hits(scores, 1).tolist() == [1, 0, 0]

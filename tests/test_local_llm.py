@@ -9,6 +9,7 @@ from servers import serve
 from toy_data import write_sources
 
 from nanovlm_hf.data.splits import split_of
+from nanovlm_hf.evaluation.calibration import paper_outputs
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,3 +67,22 @@ def test_captions_to_dataset(run, tmp_path, monkeypatch):
         row["image_id"]: row["short"] for row in described
     }
     assert all(split_of(image_id) in ("train", "validation", "test") for image_id in loaded)
+
+
+def test_a_judge_that_is_a_real_language_model(run, tmp_path, monkeypatch):
+    """Three of the paper's completions, graded through the schema; what the grades are is not asked of this model."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    lines = paper_outputs().read_text().splitlines()[:3]
+    (tmp_path / "three.jsonl").write_text("\n".join(lines))
+    with serve("llm_server.py", tmp_path / "server") as server:
+        code, said, errors = run(
+            *("evaluate", "judge", "--completions", tmp_path / "three.jsonl", "--out", tmp_path / "judge"),
+            *("--model", "smollm2", "--base-url", f"{server.url}/v1", "--temperature", 0, "--timeout", 300),
+        )
+    assert code == 0, errors
+    result = json.loads((tmp_path / "judge" / "judge.json").read_text())
+    graded = [line for line in result["lines"] if line["scores"] is not None]
+    assert len(graded) == 3, result
+    assert all(0 <= value <= 10 for line in graded for value in line["scores"].values())
+    assert result["calibration"]["items"] == 3
+    assert [line.split()[0] for line in said[1:4]] == ["NanoVLM-mini", "NanoVLM-base", "NanoVLM-large"]

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from arguments import read_arguments
 from batches import TrainingBatches
 from conftest import picture, tiny_model, tiny_processor
-from decoding import repeats
 from export import export
 from objective import CompletionObjective
 from PIL import Image
@@ -34,11 +33,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_without_a_best_model_is_not_exported(tmp_path):
     with pytest.raises(InputError, match="there is no best/ in this run"):
         export(tmp_path, tmp_path / "out", "mini-short")
-
-
-def test_repeats_are_three_words_in_a_row():
-    assert repeats("a black hat and a black hat")
-    assert not repeats("a black hat and a black coat")
 
 
 def test_a_kill_between_two_renames_loses_no_model(tmp_path):
@@ -315,15 +309,6 @@ def test_the_gap_is_zero_for_a_model_that_cannot_look(texts):
     features = seeing.encode(pixels.normalise(torch.from_numpy(photos), image_processor))
     losses = seeing.token_losses(features, **batch)
     assert measured["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-
-
-def test_the_gaps_error_is_that_of_a_ratio_over_photos():
-    sums = np.array([[10.0, 12.0, 10], [20.0, 20.0, 10], [5.0, 6.0, 5]])
-    measured = evaluation.summarise(sums)
-    assert measured["eval_loss"] == pytest.approx(35 / 25)
-    assert measured["grounding_gap"] == pytest.approx(3 / 25)
-    residuals = np.array([2 - 1.2, 0 - 1.2, 1 - 0.6])
-    assert measured["grounding_gap_stderr"] == pytest.approx(np.sqrt((residuals**2).sum()) / 25)
 
 
 def test_weight_decay_is_on_matrices_alone():

@@ -365,6 +365,10 @@ def test_the_evidence_of_a_run(train, tmp_path, toy):
     assert len(samples) == 8
     assert all(line["text"].startswith(line["prefix"]) for line in samples)
     assert all(line["reference"].startswith(line["prefix"]) for line in samples)
+    judged = [row for row in folder.rows() if "eval_loss" in row][-1]
+    assert 0 <= judged["repetition_rate"] <= 1
+    assert 0 <= judged["end_rate"] <= 1
+    assert 0 <= judged["known_words"] <= 1
     text = (folder.path / "best" / "README.md").read_text()
     best = min(one["eval_loss"] for one in folder.rows() if "eval_loss" in one)
     assert f"| {best:.3f} |" in text

@@ -12,6 +12,7 @@ import torch
 from datasets import load_dataset
 
 from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
+from nanovlm_hf.evaluation.coherence import repeats
 
 BATCH_SIZE = 32
 WAYS = {
@@ -21,13 +22,6 @@ WAYS = {
     "4 beams": {"num_beams": 4},
     "4 beams, no_repeat_ngram_size 3": {"num_beams": 4, "no_repeat_ngram_size": 3},
 }
-
-
-def repeats(text: str) -> bool:
-    """Whether three words in a row stand twice in a text."""
-    words = text.lower().split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return len(set(triples)) < len(triples)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pixels import normalise
 from texts import TokenizedTexts
 
 from nanovlm_hf import NanoVLMImageProcessor
+from nanovlm_hf.evaluation.grounding import gap
 
 BATCH_SIZE = 64
 
@@ -53,18 +54,4 @@ def evaluate(
             np.add.at(sums[:, column], photo_of_label, losses.cpu().numpy())
         np.add.at(sums[:, 2], photo_of_label, 1)
     objective.train(training)
-    return summarise(sums)
-
-
-def summarise(sums: np.ndarray) -> dict[str, float]:
-    """Means over tokens of (photos, 3): summed loss with the right photo, with the wrong one, and tokens."""
-    right, wrong, tokens = sums.sum(0)
-    gap = (wrong - right) / tokens
-    # The ratio's standard error over photos, which are what was drawn at random.
-    residuals = (sums[:, 1] - sums[:, 0]) - gap * sums[:, 2]
-    return {
-        "eval_loss": right / tokens,
-        "eval_loss_wrong_photo": wrong / tokens,
-        "grounding_gap": gap,
-        "grounding_gap_stderr": float(np.sqrt((residuals**2).sum()) / tokens),
-    }
+    return gap(*sums.T)

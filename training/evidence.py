@@ -26,12 +26,15 @@ from streaming import StreamedSplit
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
+from nanovlm_hf.evaluation.coherence import coherence
+from nanovlm_hf.evaluation.originality import rouge_tokens
 from nanovlm_hf.files import written_whole
 
 PACKAGES = ("nanovlm-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 # Operations a second without sparsity in bfloat16, as NVIDIA's data sheets give them.
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "RTX 4090": 165e12}
-SAMPLES = 8
+SAMPLES = 8  # that are written down, of
+COMPLETIONS = 32  # from which the signs of coherence come
 PREFIX_WORDS = 4
 
 
@@ -153,12 +156,28 @@ def count_flops(step: Any) -> float:
     return float(counter.get_total_flops())
 
 
+def known_words(split: Split) -> set[str]:
+    """The words of a split's first source."""
+    tokenizer = split.texts.tokenizer
+    texts = tokenizer.batch_decode([texts[0][:-1] for texts in split.texts.ids[split.texts.names[0]] if texts])
+    return {word for text in texts for word in rouge_tokens(text)}
+
+
 @torch.no_grad()
 def write_samples(
-    run: RunFolder, step: int, model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, split: Split
-) -> None:
-    """Appends what the model says of the first validation photos to `samples.jsonl`."""
-    rows = list(range(min(SAMPLES, len(split))))
+    run: RunFolder,
+    step: int,
+    model: NanoVLMForConditionalGeneration,
+    processor: NanoVLMProcessor,
+    split: Split,
+    vocabulary: set[str],
+) -> dict[str, float]:
+    """Appends what the model says of the first validation photos to `samples.jsonl`.
+
+    Returns:
+        Signs of coherence of some more completions, as `nanovlm_hf.evaluation.coherence` has them.
+    """
+    rows = list(range(min(COMPLETIONS, len(split))))
     tokenizer = processor.tokenizer
     references = [tokenizer.decode(split.texts.ids[split.texts.names[0]][row][0][:-1]) for row in rows]
     prefixes = [" ".join(reference.split()[:PREFIX_WORDS]) for reference in references]
@@ -174,10 +193,9 @@ def write_samples(
         suppress_tokens=[model.config.image_token_id],
     )
     model.train(training)
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
     with (run.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for row, prefix, reference, text in zip(
-            rows, prefixes, references, processor.batch_decode(tokens, skip_special_tokens=True), strict=True
-        ):
+        for row, prefix, reference, text in list(zip(rows, prefixes, references, texts, strict=True))[:SAMPLES]:
             line = {
                 "step": step,
                 "image_id": split.image_ids[row],
@@ -186,6 +204,8 @@ def write_samples(
                 "reference": reference,
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    added = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return coherence(added, vocabulary)
 
 
 def write_strip(run: RunFolder, split: Split) -> None:

@@ -22,7 +22,7 @@ from arguments import TrainingArguments
 from batches import TrainingBatches
 from card import card
 from evaluation import evaluate
-from evidence import Meter, count_flops, describe_run, write_samples, write_strip
+from evidence import Meter, count_flops, describe_run, known_words, write_samples, write_strip
 from objective import CompletionObjective
 from pixels import to_pixel_values
 from run_folder import RunFolder, parameter_groups
@@ -80,6 +80,7 @@ class _Run:
         self._resume()
         self.stop_signal = 0
         self.recent_ids: list[list[int]] = []
+        self.vocabulary: set[str] | None = None
 
     def _plan_steps(self) -> None:
         arguments, split = self.arguments, self.splits["train"]
@@ -316,6 +317,13 @@ class _Run:
             self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
 
+    def _vocabulary(self) -> set[str]:
+        """The words that are learned; of a stream, those that are judged."""
+        if self.vocabulary is None:
+            train = self.splits["train"]
+            self.vocabulary = known_words(self.splits["validation"] if isinstance(train, StreamedSplit) else train)
+        return self.vocabulary
+
     def _judged_model(self) -> torch.nn.Module:
         """The model that is judged and saved; every process calls it, and the main one has it."""
         if not self.sharded:
@@ -340,9 +348,9 @@ class _Run:
                     self.processor.image_processor,
                     accelerator.device,
                 )
+            metrics |= write_samples(self.folder, progress["step"], model, self.processor, split, self._vocabulary())
             self.folder.log({"step": progress["step"], **metrics})
             self.folder.plot()
-            write_samples(self.folder, progress["step"], model, self.processor, split)
             self.bar.write(
                 f"step {progress['step']}: eval_loss {metrics['eval_loss']:.4f}, grounding gap "
                 f"{metrics['grounding_gap']:.4f} +- {metrics['grounding_gap_stderr']:.4f}"

@@ -28,7 +28,7 @@ class TokenizedTexts:
 
     def __init__(self, sources: dict[str, list[list[str]]], captions: list[list[str]], processor: NanoVLMProcessor):
         tokenizer = processor.tokenizer
-        self.names = list(sources)
+        self.names, self.tokenizer = list(sources), tokenizer
         self.pad_token_id = tokenizer.pad_token_id
         self.prefix = [processor.image_token_id] * processor.image_seq_length
         self.ids = {
