@@ -1,7 +1,7 @@
 """How fast is the nearest training text, exactly, against comparing each pair with the `rouge_score` package?
 
-`python benchmarks/originality.py` compares 300 completions with 25,000 descriptions: LongDesc's of `hub_cards/`, and more
-put together of their sentences. The package is timed on one completion, and scaled.
+`python benchmarks/originality.py` compares 300 completions with 25,000 descriptions: LongDesc's of `hub_cards/`, and
+more put together of their sentences. The package is timed on one completion, and scaled.
 """
 
 import time

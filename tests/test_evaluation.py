@@ -279,6 +279,21 @@ def browse(address, *options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
+def test_a_judge_that_is_down_costs_nothing_else(run, toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    options = ("--split", "validation", "--limit", 2, "--max-new-tokens", 4, "--grounding-photos", 0)
+    with serve("chat_server.py", tmp_path / "server") as server:
+        code, _, errors = run(
+            *("evaluate", "--model", "mini-short", "--dataset", toy / "data", "--out", tmp_path / "out", *options),
+            *("--judge", "gpt-4o", "--judge-base-url", f"{server.url}/v1"),
+        )
+    assert code == 1
+    assert "does not accept it (401)" in errors[-1]
+    assert "sk-wrong" not in "".join(errors)
+    assert (tmp_path / "out" / "index.html").exists()
+    assert "judge" not in json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["in_domain"]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "problem"),
     [

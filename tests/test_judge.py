@@ -178,6 +178,22 @@ def test_the_cost_is_estimated_and_bounded(judge, run, tmp_path):
     assert judge(path)[0] == 0
 
 
+def test_grades_through_the_batch_api(judge, tmp_path):
+    path = write_completions(tmp_path / "a.jsonl", rows_of(5))
+    code, lines, errors = judge(path, "--batch", "--poll-seconds", 0.01)
+    assert code == 0, errors
+    live = judge(write_completions(tmp_path / "b.jsonl", rows_of(5)))
+    assert live[1] == lines, "the same grades, taken from the folder"
+    assert len((tmp_path / "out" / "replies.jsonl").read_text().splitlines()) == 5
+
+
+def test_an_endpoint_that_refuses(judge, tmp_path):
+    path = write_completions(tmp_path / "a.jsonl", rows_of(2))
+    code, _, errors = judge(path, "--model", "no-such-model")
+    assert code == 1
+    assert "--model no-such-model: " in errors[-1]
+
+
 def test_the_judge_may_see_the_photo(server, tmp_path):
     rows = rows_of(2)
     images = {row.item_id: Image.new("RGB", (224, 224), (200, 30, 30)) for row in rows}

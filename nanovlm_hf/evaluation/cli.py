@@ -143,6 +143,8 @@ def judge_command(
     price: PriceOption = None,
     max_cost: MaxCost = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print calls, tokens and cost; ask nobody.")] = False,
+    batch: Annotated[bool, typer.Option("--batch", help="Use the Batch API: half the price, within a day.")] = False,
+    poll_seconds: Annotated[float, typer.Option(min=0.01, help="Between two looks at a batch.")] = 30.0,
 ) -> None:
     """Grade completions with a chat model (Prompt 3 of the paper)."""
     from ..chat.replies import ReplyStore
@@ -159,9 +161,9 @@ def judge_command(
     with ReplyStore(out) as store:
         judge = Judge(rows, settings, store)
         if dry_run:
-            print_estimate(judge.estimate(endpoint.price), endpoint)
+            print_estimate(judge.estimate(endpoint.price, batch), endpoint)
             return
-        judge.run(asker(endpoint, store))
+        judge.run(asker(endpoint, store, batch, poll_seconds))
         summary, lines = judge.summary(), judge.lines()
     summary["calibration"] = calibration(paths, lines)
     write_json(out / "judge.json", summary | {"lines": lines})

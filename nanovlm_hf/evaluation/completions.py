@@ -65,7 +65,7 @@ def complete_items(
         "model": generator.name,
         "parameters": generator.parameters,
         "weights": _weights_hash(generator),
-        "settings": generator.settings,
+        "settings": generator.model.generation_config.to_diff_dict() | generator.settings,
         "items": fingerprint(items),
     }
     path, about_path = folder / f"{name}.jsonl", folder / f"{name}.json"

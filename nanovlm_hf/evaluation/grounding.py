@@ -11,7 +11,7 @@ from .foils import foils_of
 from .intervals import bootstrap
 from .likelihood import Likelihood
 
-GROUPS = (32, 100)
+GROUPS = {32: 10, 100: 3}  # photos of a group, and how many groups: each is its square in texts to read
 
 
 def gap(right: np.ndarray, wrong: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
@@ -63,7 +63,7 @@ def measure_grounding(
 
 
 def retrieval(likelihood: Likelihood, features: torch.Tensor, ids: list[list[int]], size: int) -> dict[str, Any]:
-    """Image-to-description retrieval within groups of `size` photos, by log-likelihood.
+    """Image-to-description retrieval by log-likelihood within groups of `size` photos: ten of 32, three of 100.
 
     A text that is likely whatever the picture would win every time, so each text's mean over the group's pictures is
     taken off; `plain_r_at_1` is without that.
@@ -72,7 +72,7 @@ def retrieval(likelihood: Likelihood, features: torch.Tensor, ids: list[list[int
         `r_at_1` and `r_at_5` with intervals over photos, and `chance` of the first.
     """
     scores, plain = [], []
-    for start in range(0, len(ids) - size + 1, size):
+    for start in range(0, min(len(ids) - size + 1, size * GROUPS.get(size, 1)), size):
         group = ids[start : start + size]
         photos = np.repeat(np.arange(size), size)
         texts = [group[place] for place in np.tile(np.arange(size), size)]

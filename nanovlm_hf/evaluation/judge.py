@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..chat.prices import Price, estimate_tokens
+from ..chat.prices import BATCH_DISCOUNT, Price, estimate_tokens
 from ..chat.replies import ChatRequest, ReplyStore, fingerprint_of
 from .completions import Row
 from .intervals import bootstrap
@@ -198,17 +198,19 @@ class Judge:
             return f"judge: {len(unanswered)} grades are missing ({unanswered[0]}): run again to ask for them"
         return None
 
-    def estimate(self, price: Price | None) -> dict[str, Any]:
+    def estimate(self, price: Price | None, batch: bool = False) -> dict[str, Any]:
         """Calls, tokens and US dollars of asking once for what is missing; tokens are estimated from the bytes."""
         self.read()
         missing = self.missing()
         prompt_tokens = sum(estimate_tokens(self._messages(grading.row)) for grading in missing)
         completion_tokens = COMPLETION_TOKENS * len(missing)
+        share = BATCH_DISCOUNT if batch else 1.0
+        cost = None if price is None else share * price.cost(prompt_tokens, completion_tokens)
         return {
             "calls": len(missing),
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
-            "cost": None if price is None else price.cost(prompt_tokens, completion_tokens),
+            "cost": cost,
         }
 
     def lines(self) -> list[dict[str, Any]]:

@@ -77,13 +77,15 @@ class Likelihood:
         length = max(map(len, texts))
         # The picture stands first and pads stand last, so causal attention needs no mask; pads predict nothing.
         input_ids = torch.full((len(texts), length), self.processor.tokenizer.pad_token_id)
-        labels = torch.full((len(texts), length), -100)
         for line, ids in enumerate(texts):
-            input_ids[line, : len(ids)] = labels[line, : len(ids)] = torch.tensor(ids)
-        input_ids, labels = input_ids.to(features.device), labels.to(features.device)
+            input_ids[line, : len(ids)] = torch.tensor(ids)
+        said = torch.arange(length) < torch.tensor([[len(ids)] for ids in texts])
+        input_ids, said = input_ids.to(features.device), said.to(features.device)
         embeddings = self.model.get_input_embeddings()(input_ids[:, :-1])
         inputs_embeds = torch.cat([features.to(embeddings.dtype), embeddings], dim=1)
         hidden = self.model.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden[:, features.shape[1] - 1 :]).float()
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        # The LM head is most of the work: it runs where there is a word to predict, and nowhere else.
+        logits = self.model.lm_head(hidden[:, features.shape[1] - 1 :][said]).float()
+        losses = torch.zeros(said.shape, device=features.device)
+        losses[said] = nn.functional.cross_entropy(logits, input_ids[said], reduction="none")
         return losses.sum(1)

@@ -43,7 +43,7 @@ def write_report(out: Path, results: dict[str, Any], sets: list[ItemSet]) -> Non
     for name, picture in pictures.items():
         (out / f"originality-{name.replace('_', '-')}.png").write_bytes(picture)
     fields = {
-        "title": f"NanoVLM: {len(results['models'])} models on {_data_name(results['settings'])}",
+        "title": f"{_names(list(results['models']))} on {_data_name(results['settings'])}",
         "settings": {name: value for name, value in results["settings"].items() if value not in (None, "")},
         "tables": tables,
         "histograms": [
@@ -60,6 +60,10 @@ def write_report(out: Path, results: dict[str, Any], sets: list[ItemSet]) -> Non
     galleries = [{"title": TITLES[one.name], "items": _gallery(one, results)} for one in sets]
     with written_whole(out / "index.html") as file:
         file.write(render("report.html", galleries=galleries, **fields))
+
+
+def _names(models: list[str]) -> str:
+    return ", ".join(models) if len(models) < 4 else f"{len(models)} models"
 
 
 def _data_name(settings: dict[str, Any]) -> str:

@@ -112,12 +112,16 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], None] = print) -
         "grounding": grounding,
         "sets": {one.name: measure(one, training) for one in sets},
     }
+    problem = None
     if settings.judge is not None:
         say("judge")
-        problem = _judge(settings, sets, results)
+        try:
+            problem = _judge(settings, sets, results)
+        except InputError as error:  # an endpoint that is down takes nothing from the rest of the report
+            problem = str(error)
     write_json(settings.out / "results.json", results)
     write_report(settings.out, results, sets)
-    if settings.judge is not None and problem:
+    if problem is not None:
         raise InputError(problem)
     return results
 
