@@ -123,6 +123,27 @@ def info(
         print(f"{part:<10} {count:>12,} {100 * count / counts['total']:>5.1f}%  {shapes[part]}")
 
 
+@app.command()
+def push(
+    checkpoint: Annotated[str, typer.Argument(help="A packaged model, or a folder with its card and metrics.")],
+    repo_id: Annotated[str, typer.Argument(help="Model repository: namespace/name.")],
+    without_code: Annotated[
+        bool, typer.Option("--without-code", help="Leave out the code that loads it without this package.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be uploaded; ask nobody.")] = False,
+) -> None:
+    """Publish a checkpoint on the Hub: weights, processor, code, card and figures in one commit."""
+    from .publish import push_checkpoint
+
+    quiet()
+    address, files = push_checkpoint(checkpoint, repo_id, code=not without_code, private=private, dry_run=dry_run)
+    if dry_run:
+        for name, size in files:
+            print(f"{size:>12,}  {name}")
+    print(address)
+
+
 def quiet() -> None:
     """Leaves the terminal to the answers: no warnings and bars of the libraries."""
     import warnings

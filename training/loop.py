@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from arguments import TrainingArguments
 from batches import TrainingBatches
-from card import card
+from card import best_metrics, card
 from evaluation import evaluate
 from evidence import Meter, count_flops, describe_run, known_words, write_samples, write_strip
 from objective import CompletionObjective
@@ -240,6 +240,8 @@ class _Run:
             text = card(self.folder.path.name, f'"runs/{self.folder.path.name}/best"', self.model.config, self.folder)
             with written_whole(self.folder.path / "best" / "README.md") as file:
                 file.write(text)
+            with written_whole(self.folder.path / "best" / "metrics.json") as file:
+                file.write(json.dumps(best_metrics(self.folder), indent=2) + "\n")
             shutil.copyfile(self.folder.path / "loss.png", self.folder.path / "best" / "loss.png")
             write_strip(self.folder, self.splits["validation"])
         self.bar.close()

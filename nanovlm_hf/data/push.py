@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi
 
-from ..errors import InputError, UsageError, first_line
+from ..errors import InputError
+from ..files import link_or_copy
+from ..uploading import need_token, reason_of
 from .card import NAMES, origin_of, write_card
 from .sources import VARIANTS
 
@@ -45,7 +45,7 @@ def write_repositories(
         folder = out / NAMES[variant]
         if folder.exists():
             raise InputError(f"{folder}: it is there already: name another folder or remove it")
-        shutil.copytree(dataset / variant, folder / variant, copy_function=_link_or_copy)
+        shutil.copytree(dataset / variant, folder / variant, copy_function=link_or_copy)
         address = f"{namespace}/{NAMES[variant]}" if namespace else NAMES[variant]
         write_card(folder, license or own_license, own_about if about is None else about, address)
         folders.append(folder)
@@ -72,8 +72,7 @@ def push_dataset(
         UsageError: if there is no token.
         InputError: if the Hub refuses it or cannot be reached; the repository is then as it was.
     """
-    if get_token() is None:
-        raise UsageError("no Hub token: run `hf auth login`, or set HF_TOKEN")
+    need_token()
     api = HfApi()
     addresses = []
     with tempfile.TemporaryDirectory() as stage:
@@ -89,27 +88,7 @@ def push_dataset(
                     delete_patterns=["*.parquet"],
                     commit_message=f"Upload {folder.name}",
                 )
-            except Exception as error:  # requests', httpx2's or RuntimeError, by the version of huggingface_hub
-                raise InputError(f"{repository}: {_reason(error)}") from None
+            except Exception as error:
+                raise InputError(f"{repository}: {reason_of(error)}") from None
             addresses.append(f"{api.endpoint}/datasets/{repository}")
     return addresses
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
-    if not isinstance(error, HfHubHTTPError):
-        return f"the Hub cannot be reached ({type(error).__name__}): run again, it was not changed"
-    status = error.response.status_code if error.response is not None else None
-    if status == 401:
-        return "the Hub does not accept the token (401): run `hf auth login`"
-    if status == 403:
-        return "the token may not write there (403): it needs the role `write` in that namespace"
-    return f"the Hub refuses it ({error.server_message or first_line(error)})"
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk
-        shutil.copy2(source, target)
