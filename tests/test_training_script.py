@@ -369,6 +369,7 @@ def test_the_evidence_of_a_run(train, tmp_path, toy):
     assert 0 <= judged["repetition_rate"] <= 1
     assert 0 <= judged["end_rate"] <= 1
     assert 0 <= judged["known_words"] <= 1
+    assert json.loads((folder.path / "best" / "metrics.json").read_text()).items() >= judged.items()
     text = (folder.path / "best" / "README.md").read_text()
     best = min(one["eval_loss"] for one in folder.rows() if "eval_loss" in one)
     assert f"| {best:.3f} |" in text
