@@ -17,7 +17,7 @@ import torch
 from ..data.sources import read_text
 from ..errors import InputError
 from ..files import written_whole
-from .generators import Generator
+from .generators import Generator, public_name
 from .items import Item, fingerprint
 
 
@@ -62,7 +62,7 @@ def complete_items(
         InputError: if the folder holds completions of other settings or items.
     """
     about = {
-        "model": generator.name,
+        "model": public_name(generator.name),
         "parameters": generator.parameters,
         "weights": _weights_hash(generator),
         "settings": generator.model.generation_config.to_diff_dict() | generator.settings,

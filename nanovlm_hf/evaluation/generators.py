@@ -196,6 +196,11 @@ def _model_type(name: str) -> str | None:
         raise InputError(f"--model {name}: {first_line(error)}") from None
 
 
+def public_name(name: str) -> str:
+    """A packaged name or Hub id as it is; of a folder its name, not where it is."""
+    return short_name(name) if Path(name).is_dir() else name
+
+
 def short_name(name: str) -> str:
     """The last part of a name, for tables and files: of a run's `best` or `last` the run's with it."""
     parts = Path(name).parts

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files import written_whole
 from .coherence import coherence
 from .completions import Row, complete_items, write_json
-from .generators import Generator, NanoVLM, load_generator, short_name
+from .generators import Generator, NanoVLM, load_generator, public_name, short_name
 from .grounding import measure_grounding
 from .items import Item, fingerprint, items_of_dataset, items_of_folder, load_rows, open_image
 from .judge import Judge, JudgeSettings
@@ -108,7 +108,7 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], None] = print) -
             grounding[name] = _grounding(generator, name, settings, sets[0].about[name]["weights"])
     results: dict[str, Any] = {
         "settings": _described(settings),
-        "models": {name: {"model": model} for name, model in zip(names, settings.models, strict=True)},
+        "models": {name: {"model": public_name(model)} for name, model in zip(names, settings.models, strict=True)},
         "grounding": grounding,
         "sets": {one.name: measure(one, training) for one in sets},
     }
