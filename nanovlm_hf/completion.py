@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 from ._compat import mismatched_weights
 from .checkpoints import PACKAGED
 from .configuration_nanovlm import NanoVLMConfig
-from .errors import InputError
+from .errors import InputError, first_line
 from .image_processing_nanovlm import NanoVLMImageProcessor
 from .modeling_nanovlm import NanoVLMForConditionalGeneration
 from .photos import PHOTO_SUFFIXES, open_photo
@@ -57,7 +57,7 @@ def load_config(name: str) -> NanoVLMConfig:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {_first_line(error)}") from None
+        raise InputError(f"{name}: {first_line(error)}") from None
 
 
 def load_model(name: str) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
@@ -80,7 +80,7 @@ def load_model(name: str) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProce
     except InputError:
         raise
     except Exception as error:  # Transformers, safetensors and huggingface_hub each have errors of their own
-        raise InputError(f"{name}: cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"{name}: cannot be loaded: {first_line(error)}") from None
     mismatched = mismatched_weights(report)
     if mismatched:
         raise InputError(
@@ -213,8 +213,3 @@ def _locate(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{name}: this is no folder, no Hub id (org/name), and none of {', '.join(PACKAGED)}")
     return name
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 from arguments import TrainingArguments
 from datasets import Dataset, load_dataset
 from photo_store import decode_once
-from streaming import StreamedSplit, lowest_hashes, open_stream
+from streaming import StreamedSplit, open_stream, stored_rows
 from texts import TokenizedTexts
 from transformers import AutoTokenizer
 
@@ -25,7 +25,7 @@ from nanovlm_hf import (
 )
 from nanovlm_hf.checkpoints import PACKAGED
 from nanovlm_hf.configuration_nanovlm import PRESETS
-from nanovlm_hf.data.splits import hash_of
+from nanovlm_hf.data.splits import lowest_hashes
 from nanovlm_hf.errors import first_line
 
 PAPERS_NAMES = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
@@ -85,7 +85,7 @@ def load_splits(arguments: TrainingArguments, processor: NanoVLMProcessor) -> di
 def _open_streams(arguments: TrainingArguments, processor: NanoVLMProcessor) -> dict[str, Split | StreamedSplit]:
     try:
         train, validation = (open_stream(arguments.dataset, arguments.variant, s) for s in ("train", "validation"))
-        rows = lowest_hashes(validation, arguments.eval_samples)
+        rows = stored_rows(validation, arguments.eval_samples)
     except Exception as error:  # as in `_load`
         raise InputError(
             f"dataset: {arguments.dataset} ({arguments.variant}) cannot be read as a stream: {first_line(error)}"
@@ -126,8 +126,7 @@ def _lowest_hashes(rows: Dataset, count: int) -> Dataset:
     """The photos of the lowest hashes: the same whatever else is there, and more of them hold those of fewer."""
     if count > len(rows):
         raise InputError(f"train_samples: {count} photos, but the train split has {len(rows)}")
-    order = sorted(range(len(rows)), key=[hash_of(image_id) for image_id in rows["image_id"]].__getitem__)
-    return rows.select(order[:count])
+    return rows.select(lowest_hashes(rows["image_id"], count))
 
 
 def _texts_of(name: str, variant: str, rows: Dataset, datasets: dict[str, Any], split: str) -> list[list[str]]:

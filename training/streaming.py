@@ -57,7 +57,7 @@ def open_stream(name: str, variant: str, split: str) -> StreamedSplit:
     return StreamedSplit(rows, [str(file) for file in files.get(split, [])])
 
 
-def lowest_hashes(split: StreamedSplit, count: int) -> Dataset:
+def stored_rows(split: StreamedSplit, count: int) -> Dataset:
     """The rows of the lowest hashes, the same ones as without streaming; the whole split is read for them."""
     rows = heapq.nsmallest(count, split.rows, key=lambda row: hash_of(row["image_id"]))
     return Dataset.from_list(rows, features=split.rows.features)

@@ -32,7 +32,8 @@ def calibration(paths: list[Path], lines: list[dict[str, Any]]) -> dict[str, Any
         Means over grades: `mean_difference` (ours minus the paper's), `mean_absolute_difference`; `items`. None where
         no grade is printed.
     """
-    printed = [json.loads(line).get("paper_scores") for path in paths for line in read_text(path).splitlines() if line]
+    given_lines = (line for path in paths for line in read_text(path).splitlines() if line.strip())
+    printed = [json.loads(line).get("paper_scores") for line in given_lines]
     pairs = [
         (line["scores"][name], given[name])
         for given, line in zip(printed, lines, strict=True)

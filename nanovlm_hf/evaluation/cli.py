@@ -95,6 +95,7 @@ def evaluate(
     if variant not in ("short", "long"):
         raise UsageError(f"--variant {variant}: it is short or long")
 
+    from ..cli import quiet
     from .generators import BASELINES
     from .items import read_ids
     from .run import EvaluationSettings
@@ -105,7 +106,7 @@ def evaluate(
         judge_settings, endpoint = _judge(
             judge, judge_base_url, judge_prompt, judge_temperature, repeats, concurrency, timeout, price, max_cost
         )
-    _quiet()
+    quiet()
     settings = EvaluationSettings(
         models=[*model, *(BASELINES if baselines else ())],
         dataset=dataset,
@@ -276,9 +277,3 @@ def _judge(
         repeats=repeats,
     )
     return settings, endpoint
-
-
-def _quiet() -> None:
-    from ..cli import quiet
-
-    quiet()

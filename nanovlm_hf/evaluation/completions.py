@@ -7,7 +7,6 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class Row:
 
 
 def complete_items(
-    generator: Generator, name: str, items: list[Item], folder: Path, progress: Callable[[], None] = lambda: None
+    generator: Generator, name: str, items: list[Item], folder: Path
 ) -> tuple[list[Row], dict[str, Any]]:
     """The completions of a model, those that an earlier run left with the same settings taken from the disk.
 
@@ -85,7 +84,6 @@ def complete_items(
                 file.write(json.dumps(asdict(done[item.item_id]), ensure_ascii=False) + "\n")
                 file.flush()
                 before.pop("memory_mib", None)
-            progress()
     rows = [done[item.item_id] for item in items]
     if "memory_mib" not in before:
         write_json(about_path, before := about | {"memory_mib": _peak_memory(), **_speed(rows)})

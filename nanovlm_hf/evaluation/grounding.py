@@ -58,7 +58,7 @@ def measure_grounding(
     for bound, sign in (("low", -1), ("high", 1)):
         measured[f"grounding_gap_{bound}"] = measured["grounding_gap"] + sign * 1.96 * measured["grounding_gap_stderr"]
     measured["retrieval"] = {size: retrieval(likelihood, features, ids, size) for size in GROUPS if size <= len(texts)}
-    measured["foils"] = foil_accuracy(likelihood, features, texts, captions, right, others)
+    measured["foils"] = foil_accuracy(likelihood, features, texts, captions, right, wrong, others)
     return measured
 
 
@@ -108,6 +108,7 @@ def foil_accuracy(
     texts: list[str],
     captions: list[list[str]],
     right: np.ndarray,
+    wrong: np.ndarray,
     others: np.ndarray,
 ) -> dict[str, dict[str, Any]]:
     """How often the true text is likelier than the same one with a colour, an object or a count swapped.
@@ -125,10 +126,8 @@ def foil_accuracy(
             measured[kind] = {name: bootstrap([]) for name in ("accuracy", "wrong_photo", "photo_helps")}
             continue
         foil_ids = likelihood.tokenize([foils[row] for row in rows])
-        true_ids = likelihood.tokenize([texts[row] for row in rows])
         ahead = likelihood.losses(features, foil_ids, rows) - right[rows]
-        foil, true = (likelihood.losses(features, one, others[rows]) for one in (foil_ids, true_ids))
-        ahead_blind = foil - true
+        ahead_blind = likelihood.losses(features, foil_ids, others[rows]) - wrong[rows]
         measured[kind] = {
             "accuracy": bootstrap(ahead > 0),
             "wrong_photo": bootstrap(ahead_blind > 0),

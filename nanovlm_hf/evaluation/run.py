@@ -11,7 +11,7 @@ from typing import Any
 from ..chat.client import Endpoint
 from ..chat.replies import ReplyStore
 from ..chat.terminal import asker
-from ..data.splits import hash_of
+from ..data.splits import lowest_hashes
 from ..errors import InputError
 from ..files import written_whole
 from .coherence import coherence
@@ -106,11 +106,12 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], None] = print) -
         if settings.grounding_photos and isinstance(generator, NanoVLM):
             say(f"{name}: grounding")
             grounding[name] = _grounding(generator, name, settings, sets[0].about[name]["weights"])
+    index, vocabulary = TrainingTexts(training), {word for text in training for word in rouge_tokens(text)}
     results: dict[str, Any] = {
         "settings": _described(settings),
         "models": {name: {"model": public_name(model)} for name, model in zip(names, settings.models, strict=True)},
         "grounding": grounding,
-        "sets": {one.name: measure(one, training) for one in sets},
+        "sets": {one.name: measure(one, index, vocabulary) for one in sets},
     }
     problem = None
     if settings.judge is not None:
@@ -147,9 +148,8 @@ def _described(settings: EvaluationSettings) -> dict[str, Any]:
     return described
 
 
-def measure(one: ItemSet, training: list[str]) -> dict[str, Any]:
+def measure(one: ItemSet, index: TrainingTexts, vocabulary: set[str]) -> dict[str, Any]:
     """What the words of completions tell, by model: coherence, originality, mentions, speed."""
-    index, vocabulary = TrainingTexts(training), {word for text in training for word in rouge_tokens(text)}
     measured = {}
     for name, rows in one.rows.items():
         completions = [row.completion for row in rows]
@@ -165,8 +165,7 @@ def measure(one: ItemSet, training: list[str]) -> dict[str, Any]:
 def _grounding(generator: Generator, name: str, settings: EvaluationSettings, weights: str) -> dict[str, Any]:
     """From the disk, or measured on validation photos, the lowest hashes first."""
     rows = load_rows(settings.dataset, settings.variant, "validation")
-    order = sorted(range(len(rows)), key=[hash_of(image_id) for image_id in rows["image_id"]].__getitem__)
-    rows = rows.select(order[: settings.grounding_photos])
+    rows = rows.select(lowest_hashes(rows["image_id"], settings.grounding_photos))
     if len(rows) < 2:
         raise InputError(f"--dataset {settings.dataset}: grounding needs two validation photos: --grounding-photos 0")
     identity = {"weights": weights, "photos": [int(image_id) for image_id in rows["image_id"]]}
