@@ -1,7 +1,8 @@
-"""How often a model says a thing twice under each way of decoding: `python training/decoding.py MODEL --dataset data`.
+"""What each way of decoding does to texts: `python training/decoding.py MODEL --dataset data`.
 
 Prints, for validation photos, the share of texts in which three words in a row come again, the mean number of words,
-and the share of texts that end.
+the share of texts that end, and of the things that they name how many people named too (precision) and how many of
+those that two people named they name (recall). The last line is of the descriptions themselves.
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ from __future__ import annotations
 import argparse
 
 import torch
-from datasets import load_dataset
 
 from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
+from nanovlm_hf.data.splits import lowest_hashes
 from nanovlm_hf.evaluation.coherence import repeats
+from nanovlm_hf.evaluation.items import load_rows, open_image
+from nanovlm_hf.evaluation.mentions import mentions
 
 BATCH_SIZE = 32
 WAYS = {
     "greedy": {},
     "greedy, no_repeat_ngram_size 3": {"no_repeat_ngram_size": 3},
+    "greedy, repetition_penalty 1.1": {"repetition_penalty": 1.1},
     "greedy, repetition_penalty 1.2": {"repetition_penalty": 1.2},
+    "greedy, repetition_penalty 1.3": {"repetition_penalty": 1.3},
     "4 beams": {"num_beams": 4},
     "4 beams, no_repeat_ngram_size 3": {"num_beams": 4, "no_repeat_ngram_size": 3},
+    "4 beams, repetition_penalty 1.2": {"num_beams": 4, "repetition_penalty": 1.2},
 }
 
 
@@ -34,19 +40,31 @@ def main() -> None:
 
     model = NanoVLMForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).eval()
     processor = NanoVLMProcessor.from_pretrained(arguments.model)
-    images = load_dataset(arguments.dataset, arguments.variant, split="validation")[: arguments.photos]["image"]
-    print(f"{'decoding':<34} {'repeats':>8} {'words':>6} {'ends':>6}")
+    rows = load_rows(arguments.dataset, arguments.variant, "validation")
+    rows = rows.select(lowest_hashes(rows["image_id"], arguments.photos))
+    images, captions = [open_image(row) for row in rows], list(rows["captions"])
+    print(f"{'decoding':<34} {'repeats':>8} {'words':>6} {'ends':>6} {'precision':>10} {'recall':>7}")
+
+    def show(name: str, texts: list[str], ended: int) -> None:
+        named = mentions(texts, [""] * len(texts), captions)
+        words = sum(len(text.split()) for text in texts) / len(texts)
+        shares = (sum(map(repeats, texts)) / len(texts), ended / len(texts))
+        found = (named["precision"]["mean"], named["recall"]["mean"])
+        print(
+            f"{name:<34} {shares[0]:>8.1%} {words:>6.1f} {shares[1]:>6.1%} {found[0]:>10.1%} {found[1]:>7.1%}",
+            flush=True,
+        )
+
     for name, settings in WAYS.items():
         texts, ended = [], 0
         for start in range(0, len(images), BATCH_SIZE):
             inputs = processor(images=images[start : start + BATCH_SIZE], return_tensors="pt")
-            plain = {"do_sample": False, "no_repeat_ngram_size": 0, "max_new_tokens": 64}
+            plain = {"do_sample": False, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "max_new_tokens": 128}
             tokens = model.generate(**inputs, **(plain | settings))
             texts += processor.batch_decode(tokens, skip_special_tokens=True)
             ended += int((tokens == processor.tokenizer.eos_token_id).any(1).sum())
-        share = sum(map(repeats, texts)) / len(texts)
-        words = sum(len(text.split()) for text in texts) / len(texts)
-        print(f"{name:<34} {share:>8.1%} {words:>6.1f} {ended / len(texts):>6.1%}", flush=True)
+        show(name, texts, ended)
+    show("the descriptions", list(rows["description"]), len(rows))
 
 
 if __name__ == "__main__":
