@@ -28,7 +28,7 @@ from texts import TokenizedTexts
 from transformers import AutoTokenizer
 
 from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.checkpoints import SHIPPED
 
 DESCRIPTION = "A brown dog runs over the green grass with a red ball. He looks so happy. I want to play with him too."
 
@@ -115,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED["mini-short"])
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED["mini-short"])
     config = NanoVLMConfig.from_preset(arguments.preset, vocab_size=len(tokenizer))
     processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer)
     photos = np.random.default_rng(0).integers(0, 256, (256, 224, 224, 3), dtype=np.uint8)

@@ -12,6 +12,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from ._compat import AutoModelForVision2Seq
+    from .checkpoints import SHIPPED
     from .configuration_nanovlm import PRESETS, NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
     from .errors import InputError
     from .image_processing_nanovlm import NanoVLMImageProcessor
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "NanoVLMVisionConfig": "configuration_nanovlm",
     "NanoVLMVisionModel": "modeling_nanovlm",
     "PRESETS": "configuration_nanovlm",
+    "SHIPPED": "checkpoints",
 }
 
 
@@ -57,6 +59,7 @@ if PurePath(next(iter(getattr(sys, "argv", [])), "")).name not in ("nanovlm", "n
 
 __all__ = [
     "PRESETS",
+    "SHIPPED",
     "AutoModelForVision2Seq",
     "InputError",
     "NanoVLMConfig",

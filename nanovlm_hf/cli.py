@@ -32,7 +32,7 @@ def complete(
         typer.Argument(help="Photos, or folders of photos.", show_default="a portrait that Matplotlib ships"),
     ] = None,
     prefix: Annotated[str, typer.Option(help="How the sentence begins; empty lets the model begin.")] = "",
-    model: Annotated[str, typer.Option(help="A packaged model, a folder or a Hub id.")] = "mini-short",
+    model: Annotated[str, typer.Option(help="A model that ships, a folder or a Hub id.")] = "mini-short",
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens after the prefix, at most.", show_default="as many as fit, up to 96"),
@@ -101,7 +101,7 @@ def _json_row(answer: Completion, prefix: str) -> dict:
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="mini, base or large; a packaged model, a folder or a Hub id.")],
+    model: Annotated[str, typer.Argument(help="mini, base or large; a model that ships, a folder or a Hub id.")],
 ) -> None:
     """Print a model's parts and how many parameters each has (Table 2 of the paper)."""
     from . import completion
@@ -125,7 +125,7 @@ def info(
 
 @app.command()
 def push(
-    checkpoint: Annotated[str, typer.Argument(help="A packaged model, or a folder with its card and metrics.")],
+    checkpoint: Annotated[str, typer.Argument(help="A model that ships, or a folder with its card and metrics.")],
     repo_id: Annotated[str, typer.Argument(help="Model repository: namespace/name.")],
     without_code: Annotated[
         bool, typer.Option("--without-code", help="Leave out the code that loads it without this package.")
@@ -142,6 +142,34 @@ def push(
         for name, size in files:
             print(f"{size:>12,}  {name}")
     print(address)
+
+
+@app.command()
+def demo(
+    port: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=65535, help="Of the page.", show_default="7860, or the next one that is free"),
+    ] = None,
+    push: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Put the page on the Hub as this Space (namespace/name), rather than start it."),
+    ] = None,
+) -> None:
+    """Start a page in which a model completes sentences about photos as you watch."""
+    if push is not None:
+        from .publish import push_space
+
+        print(push_space(push))
+        return
+    try:
+        from .hub_cards.space.app import launch
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UsageError("the demo needs Gradio: pip install 'nanovlm-hf[demo]'") from None
+
+    quiet()
+    launch(port)
 
 
 def quiet() -> None:

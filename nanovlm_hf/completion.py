@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, set_seed
 
 from ._compat import mismatched_weights
-from .checkpoints import PACKAGED
+from .checkpoints import NAMES, SHIPPED
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, first_line
 from .image_processing_nanovlm import NanoVLMImageProcessor
@@ -42,7 +43,7 @@ class Completion:
 
 
 def load_config(name: str) -> NanoVLMConfig:
-    """The config of a packaged checkpoint (`mini-short`), a folder or a Hub id.
+    """The config of a checkpoint that ships (`mini-short`), a folder or a Hub id.
 
     Raises:
         InputError: if there is none, or it is another kind of model's.
@@ -61,7 +62,7 @@ def load_config(name: str) -> NanoVLMConfig:
 
 
 def load_model(name: str) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    """A packaged checkpoint, a folder or a Hub id, with all of its weights, ready to generate on the CPU or the GPU.
+    """A checkpoint that ships, a folder or a Hub id, with all of its weights, ready to generate on the CPU or the GPU.
 
     Raises:
         InputError: if it has no weights, or weights of another shape or name than its config asks for.
@@ -154,15 +155,44 @@ def complete(
             texts = iter(_generate(model, processor, images, prefix, seed, settings))
             blanks = iter(())
             if blind:
-                blank = Image.new(
-                    "RGB", (224, 224), tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
-                )
-                blanks = iter(_generate(model, processor, [blank] * len(images), prefix, seed, settings))
+                blanks = [blank_picture(processor)] * len(images)
+                blanks = iter(_generate(model, processor, blanks, prefix, seed, settings))
             for one in batch:
                 if one.error is None:
                     one.texts = next(texts)
                     one.blind = next(blanks, None)
         yield from batch
+
+
+def blank_picture(processor: NanoVLMProcessor) -> Image.Image:
+    """A picture of nothing: the mean colour, which the processor makes zeros of."""
+    return Image.new("RGB", (224, 224), tuple(round(255 * mean) for mean in processor.image_processor.image_mean))
+
+
+def stream(
+    model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, image: Image.Image, prefix: str = ""
+) -> Iterator[str]:
+    """Completes a sentence about a picture; yields the text so far, with each word that comes.
+
+    Args:
+        image: of any mode.
+        prefix: how the sentence begins; empty lets the model begin.
+
+    Raises:
+        InputError: as `complete`.
+    """
+    prefix = prefix.strip()
+    room = _room(model.config, processor, prefix, None)
+    inputs = processor(images=image, text=prefix, return_tensors="pt").to(model.device)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text = prefix
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        made = pool.submit(model.generate, **inputs, max_new_tokens=room, streamer=streamer)
+        made.add_done_callback(lambda _: streamer.end())  # after an error too, which nobody would hear of otherwise
+        for words in streamer:
+            text += words
+            yield " ".join(text.split())
+        made.result()
 
 
 @torch.no_grad()
@@ -202,14 +232,16 @@ def _room(config: NanoVLMConfig, processor: NanoVLMProcessor, prefix: str, max_n
 
 
 def _locate(name: str) -> str:
-    if name in PACKAGED:
-        return str(PACKAGED[name])
+    if name in SHIPPED:
+        return str(SHIPPED[name])
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise InputError(
                 f"{name}: there is no config.json in this folder: give a folder that save_pretrained wrote"
             )
         return name
+    if name in NAMES:
+        raise InputError(f"{name}: it is not in the package, but in checkpoints/ of its repository: name that folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{name}: this is no folder, no Hub id (org/name), and none of {', '.join(PACKAGED)}")
+        raise InputError(f"{name}: this is no folder, no Hub id (org/name), and none of {', '.join(SHIPPED)}")
     return name

@@ -6,22 +6,31 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .checkpoints import PACKAGED
+from .checkpoints import SHIPPED
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, UsageError, first_line
 from .files import link_or_copy
 from .uploading import need_token, reason_of
 
+# What a card's metadata say: of `metrics.json`, and of `evaluation.json` where a checkpoint has one.
 METRICS = {
     "eval_loss": "Validation loss (nats per token)",
     "eval_loss_wrong_photo": "Validation loss with a wrong photo (nats per token)",
     "grounding_gap": "Grounding gap (nats per token)",
+}
+EVALUATED = {
+    "r_at_1_of_32": ("Own description the likeliest of 32", ("grounding", "retrieval", "32", "r_at_1", "mean")),
+    "things_precision": ("Things named that people saw", ("in_domain", "mentions", "precision", "mean")),
+    "rouge1_nearest": ("ROUGE-1 to the nearest training text", ("in_domain", "originality", "rouge1_nearest")),
 }
 WITH_AUTO_MAP = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 
@@ -30,7 +39,7 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
     """Writes a folder as it is on the Hub.
 
     Args:
-        checkpoint: packaged name or folder, with `README.md` and `metrics.json`.
+        checkpoint: short name or folder, with `README.md` and `metrics.json`.
         repo_id: `namespace/name`, which the card's example loads from.
         folder: to write.
         code: with the Python files and the `auto_map` that let it load where the package is not installed.
@@ -40,7 +49,7 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
     """
     from .completion import load_model
 
-    source = Path(PACKAGED.get(checkpoint, checkpoint))
+    source = Path(SHIPPED.get(checkpoint, checkpoint))
     model, processor = load_model(checkpoint)
     for name in ("README.md", "metrics.json"):
         if not (source / name).exists():
@@ -75,29 +84,57 @@ def _add_code(model: Any, processor: Any, folder: Path) -> None:
                 (folder / file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def _card(source: Path, repo_id: str) -> str:
-    """The checkpoint's card with its address on the Hub, and its metrics in the metadata."""
-    metrics = json.loads((source / "metrics.json").read_text(encoding="utf-8"))
-    card = ModelCard.load(source / "README.md", ignore_metadata_errors=False)
+def eval_results(folder: Path) -> list[EvalResult]:
+    """A checkpoint's numbers as the Hub's model-index has them, rounded to four digits.
+
+    Raises:
+        InputError: if a metric is missing.
+    """
+    metrics = _json(folder / "metrics.json")
     for name in METRICS:
         if not isinstance(metrics.get(name), (int, float)):
-            raise InputError(f"{source.name}: metrics.json has no {name}: make the checkpoint anew")
-        if f"{metrics[name]:.3f}" not in card.text:
-            raise InputError(
-                f"{source.name}: README.md does not say {name} {metrics[name]:.3f} of metrics.json: make it anew"
-            )
-    card.data.model_name = repo_id.split("/")[1]
-    card.data.eval_results = [
+            raise InputError(f"{folder.name}: metrics.json has no {name}: make the checkpoint anew")
+    found = [("validation", name, title, metrics[name]) for name, title in METRICS.items()]
+    if (folder / "evaluation.json").exists():
+        for name, (title, keys) in EVALUATED.items():
+            value = _json(folder / "evaluation.json")
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is None:
+                raise InputError(f"{folder.name}: evaluation.json has no {'.'.join(keys)}: evaluate it anew")
+            found.append(("validation" if keys[0] == "grounding" else "test", name, title, value))
+    return [
         EvalResult(
             task_type="image-text-to-text",
             dataset_type="nanovlm_hf",
-            dataset_name="validation photos, see the card",
+            dataset_name=f"{split} photos, see the card",
+            dataset_split=split,
             metric_type=name,
             metric_name=title,
-            metric_value=round(metrics[name], 4),
+            metric_value=round(value, 4),
         )
-        for name, title in METRICS.items()
+        for split, name, title, value in found
     ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: this is no JSON ({first_line(error)})") from None
+
+
+def _card(source: Path, repo_id: str) -> str:
+    """The checkpoint's card with its address on the Hub; its metadata have to say what its files do."""
+    card = ModelCard.load(source / "README.md", ignore_metadata_errors=False)
+    said = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+    for result in eval_results(source):
+        name, value = result.metric_type, result.metric_value
+        if said.get(name) != value:
+            raise InputError(f"{source.name}: README.md does not say that {name} is {value}: use training/card.py")
+    namespace, card.data.model_name = repo_id.split("/")
+    datasets = card.data.datasets or []
+    card.data.datasets = [name if "/" in name else f"{namespace}/{name}" for name in datasets] or None
     card.text = re.sub(r"^folder = .*$", f'folder = "{repo_id}"', card.text, count=1, flags=re.MULTILINE)
     return str(card)
 
@@ -119,21 +156,13 @@ def push_checkpoint(
         InputError: if the checkpoint is not whole, the repository holds another kind of model, or the Hub refuses it or
             cannot be reached; the repository is then as it was.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id}: {first_line(error)}") from None
-    if repo_id.count("/") != 1:
-        raise UsageError(f"{repo_id}: name it as namespace/name")
-    if not dry_run:
-        need_token()
-    api = HfApi()
+    api = _hub(repo_id, dry_run)
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name) / "checkpoint"
         stage_checkpoint(checkpoint, repo_id, stage, code)
-        files = [(path.name, path.stat().st_size) for path in sorted(stage.iterdir())]
+        staged = [(path.name, path.stat().st_size) for path in sorted(stage.iterdir())]
         if not dry_run:
-            try:
+            with _one_line(repo_id):
                 _refuse_other_model(api, repo_id)
                 api.create_repo(repo_id, private=private or None, exist_ok=True)
                 api.upload_folder(
@@ -143,11 +172,67 @@ def push_checkpoint(
                     delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py"],
                     commit_message=f"Upload {Path(checkpoint).name}",
                 )
-            except InputError:
-                raise
-            except Exception as error:
-                raise InputError(f"{repo_id}: {reason_of(error)}") from None
-    return f"{api.endpoint}/{repo_id}", files
+    return f"{api.endpoint}/{repo_id}", staged
+
+
+def _hub(repo_id: str, dry_run: bool = False) -> HfApi:
+    """The Hub, after what can be known without asking it: the name, and that there is a token."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id}: {first_line(error)}") from None
+    if repo_id.count("/") != 1:
+        raise UsageError(f"{repo_id}: name it as namespace/name")
+    if not dry_run:
+        need_token()
+    return HfApi()
+
+
+@contextmanager
+def _one_line(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # huggingface_hub's, and those of the two HTTP libraries that its versions use
+        raise InputError(f"{repo_id}: {reason_of(error)}") from None
+
+
+def stage_space(folder: Path) -> None:
+    """Writes the demo as a Space has it: the page, this package, and the checkpoints at hand."""
+    page = Path(str(files("nanovlm_hf.hub_cards.space")))
+    shutil.copytree(page, folder, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"), dirs_exist_ok=True)
+    shutil.copytree(Path(__file__).parent, folder / "nanovlm_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, checkpoint in SHIPPED.items():
+        if Path(__file__).parent not in checkpoint.parents:
+            shutil.copytree(checkpoint, folder / "checkpoints" / name)
+
+
+def push_space(repo_id: str) -> str:
+    """Uploads the demo as a Gradio Space, in one commit.
+
+    Args:
+        repo_id: `namespace/name`.
+
+    Returns:
+        The Space's address.
+
+    Raises:
+        UsageError, InputError: as `push_checkpoint`.
+    """
+    api = _hub(repo_id)
+    with tempfile.TemporaryDirectory() as name:
+        stage_space(Path(name))
+        with _one_line(repo_id):
+            api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id,
+                repo_type="space",
+                folder_path=name,
+                delete_patterns=["nanovlm_hf/**", "checkpoints/**"],
+                commit_message="Upload the demo",
+            )
+    return f"{api.endpoint}/spaces/{repo_id}"
 
 
 def _refuse_other_model(api: HfApi, repo_id: str) -> None:

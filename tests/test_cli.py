@@ -13,7 +13,7 @@ from test_photos import png_header
 from toy_data import write_sources
 
 from nanovlm_hf import NanoVLMConfig
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.completion import BATCH_SIZE
 
 
@@ -281,7 +281,7 @@ def test_the_installed_command_needs_no_pytorch_for_help():
     assert "complete" in done.stdout
 
 
-def test_the_packaged_checkpoint_answers_from_a_clean_process(tmp_path, photo):
+def test_the_checkpoint_that_ships_answers_from_a_clean_process(tmp_path, photo):
     command = Path(sys.executable).with_name("nanovlm")
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
@@ -290,4 +290,23 @@ def test_the_packaged_checkpoint_answers_from_a_clean_process(tmp_path, photo):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("There is a ")
     assert done.stdout.count("\n") == 1
-    assert PACKAGED["mini-short"].is_dir()
+    assert SHIPPED["mini-short"].is_dir()
+
+
+def test_a_short_name_that_is_not_at_hand(run, photo, monkeypatch):
+    from nanovlm_hf import completion
+
+    monkeypatch.delitem(completion.SHIPPED, "mini-long")
+    code, _, errors = run("complete", photo, "--model", "mini-long")
+    assert code == 1
+    assert "mini-long: it is not in the package, but in checkpoints/ of its repository" in only_line(errors)
+    code, _, errors = run("complete", photo, "--model", "mini")
+    assert code == 1
+    assert "none of mini-short" in only_line(errors)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_model_that_ships_answers_by_its_short_name(run, photo, name):
+    code, lines, errors = run("complete", photo, "--model", name, "--prefix", "There is a", "--max-new-tokens", 8)
+    assert code == 0, errors
+    assert lines[0].startswith("There is a ")

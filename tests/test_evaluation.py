@@ -13,7 +13,7 @@ from servers import serve
 from toy_data import square
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.evaluation.completions import Row, complete_items, read_rows
 from nanovlm_hf.evaluation.generators import Generator, join, load_generator, short_name
 from nanovlm_hf.evaluation.items import items_of_dataset, items_of_folder, load_rows, prefix_of, read_ids
@@ -148,7 +148,7 @@ class Counting(Generator):
 
 
 def test_completions_are_made_once(tmp_path, toy):
-    model = NanoVLMForConditionalGeneration.from_pretrained(PACKAGED["mini-short"])
+    model = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED["mini-short"])
     items = items_of_dataset(str(toy / "data"), "short", split="validation", limit=5)
     with pytest.raises(KeyboardInterrupt):
         complete_items(Counting(model, dies_at=4), "counting", items, tmp_path)

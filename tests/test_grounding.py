@@ -7,7 +7,7 @@ from conftest import picture, tiny_model, tiny_processor
 from PIL import Image
 
 from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.evaluation.foils import foils_of
 from nanovlm_hf.evaluation.grounding import gap, hits, measure_grounding, retrieval
 from nanovlm_hf.evaluation.likelihood import Likelihood
@@ -73,7 +73,7 @@ def test_hits_among_the_best():
 
 @pytest.fixture(scope="module")
 def shipped() -> Likelihood:
-    folder = PACKAGED["mini-short"]
+    folder = SHIPPED["mini-short"]
     model = NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return Likelihood(model, NanoVLMProcessor.from_pretrained(folder))
 

@@ -12,9 +12,11 @@ from huggingface_hub import ModelCard
 from servers import serve
 from test_push import online
 
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.checkpoints import SHIPPED
+from nanovlm_hf.publish import eval_results
 
-METRICS = json.loads((PACKAGED["mini-short"] / "metrics.json").read_text())
+METRICS = json.loads((SHIPPED["mini-short"] / "metrics.json").read_text())
+METRICS_OF_TRAINING = ("eval_loss", "eval_loss_wrong_photo", "grounding_gap")
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_push_and_load_in_fresh_processes(hub, tmp_path):
     picture(size=(224, 224)).save(photo)
     home = tmp_path / "stranger"
     home.mkdir()
-    own = load(hub, home, photo, "with", str(PACKAGED["mini-short"]))
+    own = load(hub, home, photo, "with", str(SHIPPED["mini-short"]))
     assert own[0] == "nanovlm_hf"
     assert load(hub, home, photo, "with") == own
     module, text = load(hub, home, photo, "without")
@@ -136,24 +138,24 @@ def test_the_cards_metadata_are_the_checkpoints_metrics(staged):
     assert card.data.license
     assert card.data.model_name == "tiny"
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results == {
-        name: round(METRICS[name], 4) for name in ("eval_loss", "eval_loss_wrong_photo", "grounding_gap")
+    assert results == {result.metric_type: result.metric_value for result in eval_results(SHIPPED["mini-short"])}
+    assert {name: results[name] for name in METRICS_OF_TRAINING} == {
+        name: round(METRICS[name], 4) for name in METRICS_OF_TRAINING
     }
-    for value in results.values():
-        assert f"{value:.3f}" in card.text
+    assert card.data.datasets == ["org/ShortDesc"]
     assert 'folder = "org/tiny"' in card.text
-    assert "PACKAGED" not in card.text.split("folder = ")[1].splitlines()[0]
+    assert "SHIPPED" not in card.text.split("folder = ")[1].splitlines()[0]
 
 
 def test_weights_go_as_they_are_and_the_package_stays_so(staged):
-    before = {path.name: path.read_bytes() for path in PACKAGED["mini-short"].iterdir() if path.is_file()}
+    before = {path.name: path.read_bytes() for path in SHIPPED["mini-short"].iterdir() if path.is_file()}
     folder = staged()
     assert (folder / "model.safetensors").read_bytes() == before["model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_nanovlm.")
     assert {name: value for name, value in config.items() if name != "auto_map"} == json.loads(before["config.json"])
     assert len(list(folder.glob("*.py"))) == 5
-    assert {path.name: path.read_bytes() for path in PACKAGED["mini-short"].iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in SHIPPED["mini-short"].iterdir() if path.is_file()} == before
 
 
 def test_without_code(staged):
@@ -170,13 +172,13 @@ def test_without_code(staged):
         (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no eval_loss"),
         (
             lambda folder: (folder / "metrics.json").write_text(json.dumps(METRICS | {"eval_loss": 1.0})),
-            "README.md does not say eval_loss 1.000 of metrics.json",
+            "README.md does not say that eval_loss is 1.0",
         ),
     ],
 )
 def test_checkpoints_that_are_not_whole(run, tmp_path, change, problem):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(PACKAGED["mini-short"], folder)
+    shutil.copytree(SHIPPED["mini-short"], folder)
     change(folder)
     code, _, errors = run("push", folder, "org/tiny", "--dry-run")
     assert code == 1

@@ -28,6 +28,7 @@ from nanovlm_hf import (
 )
 from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.tokenizer import train_tokenizer_on
+from nanovlm_hf.publish import stage_checkpoint
 
 FSDP_ON_CPUS = ROOT / "tests" / "fsdp_on_cpus.py"
 
@@ -58,7 +59,7 @@ def test_the_script_trains_a_model_that_looks(tmp_path, toy):
     right = sum(colour in text for text, (_, colour) in zip(texts, unseen, strict=True))
     assert right >= 14, texts
 
-    export(out, tmp_path / "shipped", "mini-short")
+    export(out, tmp_path / "shipped", "Squares of one colour.")
     shipped, report = NanoVLMForConditionalGeneration.from_pretrained(tmp_path / "shipped", output_loading_info=True)
     assert not report["missing_keys"]
     assert shipped.dtype == torch.float32
@@ -68,7 +69,16 @@ def test_the_script_trains_a_model_that_looks(tmp_path, toy):
     card = (tmp_path / "shipped" / "README.md").read_text()
     assert f"| {best['eval_loss']:.3f} |" in card
     assert "--per_device_train_batch_size 8" in card
-    assert str(tmp_path) not in card
+    assert "Squares of one colour." in card
+    for path in (tmp_path / "shipped" / "README.md", tmp_path / "shipped" / "training_args.yaml"):
+        assert str(tmp_path) not in path.read_text()
+
+    stage_checkpoint(str(out / "best"), "org/squares", tmp_path / "stage")
+    pushed = ModelCard.load(tmp_path / "stage" / "README.md", ignore_metadata_errors=False)
+    assert pushed.data.model_name == "squares"
+    assert pushed.data.datasets == ["org/ShortDesc"]
+    assert 'folder = "org/squares"' in pushed.text
+    assert (tmp_path / "stage" / "loss.png").exists()
 
 
 @pytest.mark.slow
@@ -286,7 +296,7 @@ def test_what_a_run_cannot_use(train, tmp_path, toy, fields, message):
 
 
 def test_another_runs_folder_is_not_overwritten_unless_that_is_wanted(train, tmp_path, toy):
-    (tmp_path / "run.yaml").write_text("arguments: {}")
+    (tmp_path / "training_args.yaml").write_text("arguments: {}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 3.0}\n')
     options = ("--config", CONFIG, *toy_options(toy, tmp_path), "--num_train_epochs", 0.1)
     code, errors = train(*options)

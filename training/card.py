@@ -1,78 +1,114 @@
-"""The model card of a run: its numbers out of the run's own files."""
+"""The card of a checkpoint, filled from the files beside its weights.
+
+`python training/card.py CHECKPOINT` writes it anew; `--report FOLDER` adds what `nanovlm evaluate` measured.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import yaml
 from arguments import TrainingArguments, read_arguments
-from run_folder import RunFolder
+from huggingface_hub import ModelCard, ModelCardData
+from run_folder import RECORD, photos_per_step
 
-from nanovlm_hf import NanoVLMConfig
+from nanovlm_hf import InputError, NanoVLMConfig
+from nanovlm_hf.checkpoints import NAMES
+from nanovlm_hf.data.card import NAMES as DATASETS
+from nanovlm_hf.evaluation.completions import read_rows, write_json
+from nanovlm_hf.evaluation.items import PREFIX_WORDS
+from nanovlm_hf.files import written_whole
+from nanovlm_hf.publish import eval_results
 
 CONFIGS = Path(__file__).parent / "configs"
+EXAMPLES, FAILURES = 4, 4  # rows of a card
+# Watts: GPUs as their data sheets give them, a core of a server's processor with its share of the memory.
+WATTS = {"H200": 700, "H100": 700, "A100": 400, "L4": 72, "RTX 4090": 450}
+WATTS_OF_A_CORE = 10
+GRAMS_OF_CO2_A_KWH = 480  # the world's mean in 2023 (Ember, Global Electricity Review 2024)
 
 
-def best_metrics(run: RunFolder) -> dict[str, Any]:
-    """The evaluation of the best model, with the training loss and the epoch at that step."""
-    rows = run.rows()
-    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
-    steps = [row for row in rows if "train_loss" in row]
-    at_best = [row for row in steps if row["step"] <= best["step"]] or steps[:1]
-    return best | {"train_loss": at_best[-1]["train_loss"], "epoch": at_best[-1]["epoch"]}
+def write_card(folder: Path) -> None:
+    """Writes `README.md` from the files of a checkpoint."""
+    text = card(folder)
+    with written_whole(folder / "README.md") as file:
+        file.write(text)
 
 
-def card(name: str, load_from: str, config: NanoVLMConfig, run: RunFolder, data: str | None = None) -> str:
-    """Fills `hub_cards/model_card.md`.
+def card(folder: Path) -> str:
+    """The model card of a checkpoint: `hub_cards/model_card.md`, filled from the files beside the weights.
 
-    Args:
-        name: of the model.
-        load_from: Python code for its address.
-        config: of the model.
-        run: with `run.yaml` and metrics.
-        data: Markdown: what it was trained on; the numbers of photos if not given.
+    Raises:
+        InputError: if a file or a metric is missing.
     """
-    record = run.description()
-    arguments, photos = record["arguments"], record["data"]
+    if not (folder / RECORD).exists() or not (folder / "metrics.json").exists():
+        raise InputError(f"{folder}: there is no {RECORD} or metrics.json: training writes both beside a best model")
+    record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+    evaluation = _read_json(folder / "evaluation.json")
+    config = NanoVLMConfig.from_pretrained(folder)
+    arguments, photos, name = record["arguments"], record["data"], record["name"]
     counts = config.parameter_counts()
-    if data is None:
-        train = photos["train"]["photos"]
-        data = (
-            f"{f'{train:,} photos' if train else 'A stream of photos'} to train and "
-            f"{photos['validation']['photos']:,} to validate of the dataset `{Path(arguments['dataset']).name}`."
-        )
-    fields = {
-        "name": name,
-        "load_from": load_from,
-        "variant": {"short": "ShortDesc", "long": "LongDesc"}[arguments["variant"]],
-        "size": f"{arguments['preset']} of the paper"
-        if not _own_sizes(arguments)
-        else "variant of a model of the paper",
-        "parameters": f"{counts['total'] / 1e6:.1f}M",
-        "shares": "/".join(
-            f"{100 * counts[part] / counts['total']:.0f}" for part in ("encoder", "projector", "decoder")
-        ),
-        "data": data,
-        "beyond": beyond_the_paper(arguments),
-        "batch_size": arguments["per_device_train_batch_size"]
-        * arguments["gradient_accumulation_steps"]
-        * record["processes"],
-        "dropout": arguments["dropout"],
-        "precision": "bf16 autocast" if arguments["mixed_precision"] == "bf16" else "float32",
-        "device": record["device"],
-        "command": command(name.replace("-", "_"), arguments),
-        "validation_photos": f"{photos['validation']['photos']:,}",
-    }
-    metrics = best_metrics(run)
-    fields |= {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in metrics.items()}
-    template = files("nanovlm_hf.hub_cards").joinpath("model_card.md").read_text(encoding="utf-8")
-    return Template(template).substitute(fields)
+    train = photos["train"]["photos"]
+    data = record["about"] or (
+        f"{f'{train:,} photos' if train else 'A stream of photos'} to train and {photos['validation']['photos']:,} to "
+        f"validate of the dataset `{arguments['dataset']}`."
+    )
+    taken = _compute(record)
+    card_data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["nanovlm_hf", "image-captioning"],
+        datasets=[DATASETS[arguments["variant"]]],
+        model_name=name,
+        eval_results=eval_results(folder),
+        **({} if taken["grams"] is None else {"co2_eq_emissions": _emissions(taken)}),
+    )
+    filled = ModelCard.from_template(
+        card_data,
+        template_str=files("nanovlm_hf.hub_cards").joinpath("model_card.md").read_text(encoding="utf-8"),
+        name=name,
+        load_from=f'nanovlm_hf.SHIPPED["{name}"]' if name in NAMES else f'"runs/{name}/best"',
+        description=DATASETS[arguments["variant"]],
+        size=f"The {arguments['preset']}" if not _own_sizes(arguments) else f"A variant of the {arguments['preset']}",
+        parameters=f"{counts['total'] / 1e6:.1f}M",
+        shares="/".join(f"{100 * counts[part] / counts['total']:.0f}" for part in ("encoder", "projector", "decoder")),
+        image_tokens="one token" if config.image_seq_length == 1 else f"{config.image_seq_length} tokens",
+        data=data.strip(),
+        beyond=beyond_the_paper(arguments),
+        batch_size=photos_per_step(record),
+        dropout=arguments["dropout"],
+        precision="bf16 autocast" if arguments["mixed_precision"] == "bf16" else "float32",
+        device=record["device"],
+        command="\n".join(_commands(record)),
+        compute=_told(taken),
+        validation_photos=f"{photos['validation']['photos']:,}",
+        metrics=_read_json(folder / "metrics.json"),
+        evaluation=evaluation,
+        interval=_percent,
+    )
+    return f"{str(filled).rstrip()}\n"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _percent(value: dict[str, Any]) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{100 * value['mean']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
 def _own_sizes(arguments: dict[str, Any]) -> bool:
-    return any(arguments[name] is not None for name in ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim"))
+    names = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
+    return any(arguments.get(name) is not None for name in names)
 
 
 def beyond_the_paper(arguments: dict[str, Any]) -> str:
@@ -93,17 +129,120 @@ def beyond_the_paper(arguments: dict[str, Any]) -> str:
     return f"Beyond the paper: {', '.join(did)}." if did else "Nothing in it is beyond the paper."
 
 
-def command(config: str, arguments: dict[str, Any]) -> str:
-    """How to run the run again: its YAML file, where there is one, and what was given anew on the command line."""
-    usual = vars(TrainingArguments(dataset="data", output_dir="runs", variant=arguments["variant"]))
+def _commands(record: dict[str, Any]) -> list[str]:
+    """How to run the run again, and the runs before it."""
+    before = [line for one in record["before"] for line in _commands(one)]
+    commit = [f"# with the code of {record['git_commit']}"] if record["git_commit"] else []
+    return [*before, *commit, command(record["arguments"])]
+
+
+def command(arguments: dict[str, Any]) -> str:
+    """How to run a run again: its YAML file, where there is one, and what was given anew on the command line."""
+    name = Path(arguments["output_dir"]).name
     text = "accelerate launch training/train.py"
-    if (CONFIGS / f"{config}.yaml").exists():
-        usual = vars(read_arguments(["--config", str(CONFIGS / f"{config}.yaml")]))
-        text += f" --config training/configs/{config}.yaml"
+    if (CONFIGS / f"{name}.yaml").exists():
+        usual = vars(read_arguments(["--config", str(CONFIGS / f"{name}.yaml")]))
+        text += f" --config training/configs/{name}.yaml"
+    else:
+        usual = vars(
+            TrainingArguments(dataset="data", output_dir=arguments["output_dir"], variant=arguments["variant"])
+        )
+        text += f" --dataset data --output_dir {arguments['output_dir']}"
     for field, value in arguments.items():
-        if field in ("dataset", "output_dir", "resume", "overwrite", "tokenizer", "trackers") or value == usual[field]:
+        if field in ("dataset", "output_dir", "tokenizer", "trackers") or value == usual[field]:
             continue
-        if field == "init_from":  # not where the folder was on this machine
-            value = "/".join(["runs", *Path(value).parts[-2:]]) if "/" in value else value
         text += f" --{field} {' '.join(map(str, value)) if isinstance(value, list) else value}"
     return text
+
+
+def _compute(record: dict[str, Any]) -> dict[str, Any]:
+    """Hours, photos and grams of CO2 of a run and those before it."""
+    hours, photos = record["hours"], record["photos_seen"]
+    watts = _watts(record["device"])
+    grams = None if watts is None else hours * watts / 1000 * GRAMS_OF_CO2_A_KWH
+    for one in map(_compute, record["before"]):
+        hours, photos = hours + one["hours"], photos + one["photos"]
+        grams = None if grams is None or one["grams"] is None else grams + one["grams"]
+    return {"hours": hours, "photos": photos, "grams": grams, "watts": watts, "device": record["device"]}
+
+
+def _watts(device: str) -> int | None:
+    cores, _, name = device.partition(" cores of ")
+    if name:
+        return int(cores) * WATTS_OF_A_CORE
+    return next((watts for gpu, watts in WATTS.items() if gpu in device), None)
+
+
+def _told(taken: dict[str, Any]) -> str:
+    text = f"Its steps, with those of the runs before it, took {taken['hours']:.1f} hours of {taken['device']} for "
+    text += f"{taken['photos']:,} photos, counted each time that one was seen."
+    if taken["grams"] is not None:
+        text += (
+            f" Nobody measured the power: at {taken['watts']} W and the world's mean of {GRAMS_OF_CO2_A_KWH} g of CO2 "
+            f"a kWh (2023) that is about {taken['grams']:.0f} g of CO2."
+        )
+    return text
+
+
+def _emissions(taken: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "emissions": round(taken["grams"], 1),
+        "source": f"estimate: {taken['watts']} W, {GRAMS_OF_CO2_A_KWH} g a kWh",
+        "training_type": "pre-training",
+        "hardware_used": taken["device"],
+    }
+
+
+def add_evaluation(folder: Path, report: Path) -> None:
+    """Takes a checkpoint's part of a report of `nanovlm evaluate` into `evaluation.json`.
+
+    Raises:
+        InputError: if the report has nothing of this checkpoint, or no grounding.
+    """
+    results = _read_json(report / "results.json")
+    if results is None or folder.name not in results["models"]:
+        raise InputError(f"{report}: results.json says nothing of a model {folder.name}")
+    if folder.name not in results["grounding"]:
+        raise InputError(f"{report}: grounding was left out: evaluate with --grounding-photos")
+    settings = results["settings"]
+    in_domain = results["sets"]["in_domain"]
+    measured = dict(in_domain["models"][folder.name])
+    mentions = measured["mentions"].pop("rows")
+    measured["originality"].pop("rows")
+    rows = [vars(row) for row in read_rows(report / "completions" / f"{folder.name}.jsonl")]
+    shown = [{name: row[name] for name in ("item_id", "prefix", "completion", "reference")} for row in rows]
+    for row in shown:
+        row["reference"] = row["reference"][len(row["prefix"]) :].strip()
+    worst = sorted(range(len(rows)), key=lambda place: -len(mentions[place]["unseen"]))[:FAILURES]
+    write_json(
+        folder / "evaluation.json",
+        {
+            "dataset": settings["dataset"],
+            "variant": settings["variant"],
+            "items": in_domain["items"],
+            "prefix_words": settings["prefix_words"] or PREFIX_WORDS[settings["variant"]],
+            "grounding": results["grounding"][folder.name],
+            "in_domain": measured,
+            "examples": shown[:EXAMPLES],
+            "failures": [shown[place] | {"unseen": mentions[place]["unseen"]} for place in worst],
+        },
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the card of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--report", type=Path, help="folder that `nanovlm evaluate` wrote")
+    arguments = parser.parse_args()
+    try:
+        if arguments.report is not None:
+            add_evaluation(arguments.checkpoint, arguments.report)
+        write_card(arguments.checkpoint)
+    except InputError as error:
+        print(f"card.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,7 +21,7 @@ import torch
 from arguments import TrainingArguments
 from PIL import Image
 from run_folder import RunFolder
-from setup_run import Split
+from setup_run import Split, generation_config
 from streaming import StreamedSplit
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,7 +41,7 @@ PREFIX_WORDS = 4
 def describe_run(
     arguments: TrainingArguments, splits: dict[str, Split | StreamedSplit], accelerator: Any
 ) -> dict[str, Any]:
-    """The run's fields, the versions it ran with, the data it saw and the machine: `run.yaml`."""
+    """The run's fields, the versions it ran with, the data it saw and the machine: `training_args.yaml`."""
     return {
         "arguments": asdict(arguments),
         "data": {name: split.identity() for name, split in splits.items()},
@@ -185,13 +185,7 @@ def write_samples(
     inputs = processor(images=images, text=prefixes, return_tensors="pt").to(model.device)
     training = model.training
     model.eval()
-    tokens = model.generate(
-        **inputs,
-        max_new_tokens=96,
-        do_sample=False,
-        no_repeat_ngram_size=3,
-        suppress_tokens=[model.config.image_token_id],
-    )
+    tokens = model.generate(**inputs, generation_config=generation_config(model.config))
     model.train(training)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
     with (run.path / "samples.jsonl").open("a", encoding="utf-8") as file:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -20,11 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from arguments import TrainingArguments
 from batches import TrainingBatches
-from card import best_metrics, card
 from evaluation import evaluate
 from evidence import Meter, count_flops, describe_run, known_words, write_samples, write_strip
 from objective import CompletionObjective
 from pixels import to_pixel_values
+from record import describe_checkpoint
 from run_folder import RunFolder, parameter_groups
 from setup_run import load_splits, model_and_processor
 from streaming import StreamedBatches, StreamedSplit
@@ -34,7 +33,6 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 from nanovlm_hf import InputError
-from nanovlm_hf.files import written_whole
 
 # A resumed run is the same run: only these fields may change.
 FREE_TO_CHANGE = ("resume", "overwrite", "output_dir", "save_total_limit", "trackers")
@@ -237,12 +235,7 @@ class _Run:
         model = self._judged_model()
         if accelerator.is_main_process:
             self.folder.save_model("last", model, self.processor)
-            text = card(self.folder.path.name, f'"runs/{self.folder.path.name}/best"', self.model.config, self.folder)
-            with written_whole(self.folder.path / "best" / "README.md") as file:
-                file.write(text)
-            with written_whole(self.folder.path / "best" / "metrics.json") as file:
-                file.write(json.dumps(best_metrics(self.folder), indent=2) + "\n")
-            shutil.copyfile(self.folder.path / "loss.png", self.folder.path / "best" / "loss.png")
+            describe_checkpoint(self.folder, self.folder.path / "best", self.folder.path.name)
             write_strip(self.folder, self.splits["validation"])
         self.bar.close()
         accelerator.end_training()

@@ -17,6 +17,8 @@ from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, NanoVLMProce
 from nanovlm_hf.errors import first_line
 from nanovlm_hf.files import written_whole
 
+RECORD = "training_args.yaml"
+
 
 class RunFolder:
     """The folder of a run. Everything in it is written aside and renamed, so a kill leaves the previous one whole.
@@ -35,7 +37,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         if overwrite:
             shutil.rmtree(self.path, ignore_errors=True)
-        if (self.path / "run.yaml").exists() and not keep:
+        if (self.path / RECORD).exists() and not keep:
             raise InputError(
                 f"output_dir: {self.path} holds a run: add --resume auto to go on, --overwrite true to remove it, or "
                 "name another folder"
@@ -46,13 +48,13 @@ class RunFolder:
                 previous.rename(previous.with_suffix(""))
 
     def describe(self, record: dict[str, Any]) -> None:
-        """Writes `run.yaml`: the run's fields, and what it ran on and with."""
-        with written_whole(self.path / "run.yaml") as file:
+        """Writes `training_args.yaml`: the run's fields, and what it ran on and with."""
+        with written_whole(self.path / RECORD) as file:
             yaml.safe_dump(record, file, sort_keys=False)
 
     def description(self) -> dict[str, Any] | None:
         """What `describe` wrote, or None."""
-        path = self.path / "run.yaml"
+        path = self.path / "training_args.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def log(self, row: dict[str, Any]) -> None:
@@ -145,6 +147,12 @@ class RunFolder:
         aside = self.path / "loss.partial.png"
         figure.savefig(aside, dpi=120)
         aside.rename(self.path / "loss.png")
+
+
+def photos_per_step(record: dict[str, Any]) -> int:
+    """Photos that an optimizer step of a run took, by its record."""
+    arguments = record["arguments"]
+    return arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * record["processes"]
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from photo_store import decode_once
 from streaming import StreamedSplit, open_stream, stored_rows
 from texts import TokenizedTexts
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from nanovlm_hf import (
     InputError,
@@ -23,11 +23,13 @@ from nanovlm_hf import (
     NanoVLMImageProcessor,
     NanoVLMProcessor,
 )
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.configuration_nanovlm import PRESETS
 from nanovlm_hf.data.splits import lowest_hashes
 from nanovlm_hf.errors import first_line
 
+# Of ways of decoding on validation photos (training/decoding.py, EXPERIMENTS.md) the one that ends loops at no cost.
+GENERATION = {"max_new_tokens": 96, "do_sample": False, "repetition_penalty": 1.2}
 PAPERS_NAMES = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
 
 
@@ -148,15 +150,22 @@ def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditi
     """
     if arguments.init_from is not None:
         return _from_checkpoint(arguments)
-    folder = arguments.tokenizer or PACKAGED["mini-short"]
+    folder = arguments.tokenizer or SHIPPED["mini-short"]
     tokenizer = _tokenizer(folder)
     try:
         config = model_config(arguments, len(tokenizer))
         model = NanoVLMForConditionalGeneration(config)
     except ValueError as error:
         raise InputError(f"n_head, head_size, img_embd_dim: {error}") from None
+    model.generation_config = generation_config(config)
     processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer, image_seq_length=config.image_seq_length)
     return model, processor
+
+
+def generation_config(config: NanoVLMConfig) -> GenerationConfig:
+    """How a trained model generates if nobody says otherwise."""
+    special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**special, **GENERATION, suppress_tokens=[config.image_token_id])
 
 
 def model_config(arguments: TrainingArguments, vocab_size: int) -> NanoVLMConfig:
@@ -188,7 +197,7 @@ def _tokenizer(folder: str | Path) -> Any:
 def _from_checkpoint(
     arguments: TrainingArguments,
 ) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    folder = PACKAGED.get(arguments.init_from, arguments.init_from)
+    folder = SHIPPED.get(arguments.init_from, arguments.init_from)
     if not (Path(folder) / "config.json").exists():
         raise InputError(f"init_from: there is no checkpoint in {folder}")
     model = NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -202,4 +211,5 @@ def _from_checkpoint(
         raise InputError(
             f"tokenizer: {arguments.tokenizer} is not the one that {folder} was trained with: leave it out"
         )
+    model.generation_config = generation_config(model.config)
     return model, processor

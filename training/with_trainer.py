@@ -13,7 +13,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor
-from nanovlm_hf.checkpoints import PACKAGED
+from nanovlm_hf.checkpoints import SHIPPED
 
 
 @dataclass
@@ -33,7 +33,7 @@ def main() -> Trainer:
     data, settings = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(settings.seed)
     settings.remove_unused_columns = False  # the collator needs the photos, which are no argument of the model
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED["mini-short"])
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED["mini-short"])
     config = NanoVLMConfig.from_preset(data.preset, vocab_size=len(tokenizer))
     processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer, image_seq_length=config.image_seq_length)
     dataset = load_dataset(data.dataset, data.variant)

@@ -42,7 +42,7 @@ def evaluate(
     context: typer.Context,
     model: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A packaged model, a folder or a Hub id; may be given again.", show_default="needed"),
+        typer.Option(help="A model that ships, a folder or a Hub id; may be given again.", show_default="needed"),
     ] = None,
     dataset: Annotated[
         Optional[str],  # noqa: UP045

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
-from ..checkpoints import PACKAGED
+from ..checkpoints import NAMES, SHIPPED
 from ..completion import DEFAULT_NEW_TOKENS, load_model
 from ..configuration_nanovlm import NanoVLMConfig
 from ..errors import InputError, first_line
@@ -46,7 +46,7 @@ class Generator:
     """A model with its processor, completing one prefix about one photo at a time.
 
     Args:
-        name: packaged name, folder or Hub id.
+        name: short name, folder or Hub id.
         model, processor: as loaded.
 
     Attributes:
@@ -167,12 +167,12 @@ KINDS |= {"kosmos-2": ("Kosmos2ForConditionalGeneration", Kosmos2)}
 
 
 def load_generator(name: str, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Generator:
-    """A model by packaged name, folder or Hub id.
+    """A model by short name, folder or Hub id.
 
     Raises:
         InputError: if there is none, or it is none that completes texts about pictures.
     """
-    if name in PACKAGED or _model_type(name) == NanoVLMConfig.model_type:
+    if name in NAMES or _model_type(name) == NanoVLMConfig.model_type:
         return NanoVLM(name, *load_model(name), max_new_tokens=max_new_tokens)
     import transformers
 
@@ -189,7 +189,7 @@ def load_generator(name: str, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Gener
 
 def _model_type(name: str) -> str | None:
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise InputError(f"--model {name}: this is no folder, no Hub id (org/name), and none of {', '.join(PACKAGED)}")
+        raise InputError(f"--model {name}: this is no folder, no Hub id (org/name), and none of {', '.join(SHIPPED)}")
     try:
         return NanoVLMConfig.get_config_dict(name)[0].get("model_type")
     except (OSError, ValueError) as error:
@@ -197,7 +197,7 @@ def _model_type(name: str) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """A packaged name or Hub id as it is; of a folder its name, not where it is."""
+    """A short name or Hub id as it is; of a folder its name, not where it is."""
     return short_name(name) if Path(name).is_dir() else name
 
 

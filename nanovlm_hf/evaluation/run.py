@@ -30,7 +30,7 @@ class EvaluationSettings:
     """What is evaluated, and how.
 
     Attributes:
-        models: packaged names, folders or Hub ids.
+        models: short names, folders or Hub ids.
         dataset: folder or Hub id of a dataset with photos.
         variant: short or long.
         out: folder of the report.

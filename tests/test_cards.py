@@ -1,0 +1,170 @@
+"""Model cards and the table of runs: what they say is what the files beside them say."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import card
+import compare
+import pytest
+import record
+import yaml
+from run_folder import RECORD, RunFolder
+from runs import ROOT
+
+from nanovlm_hf import SHIPPED, InputError
+
+RUNS = [*sorted(path for path in compare.EXPERIMENTS.iterdir() if path.is_dir()), *SHIPPED.values()]
+ROWS = [
+    {"step": 10, "train_loss": 3.0, "epoch": 0.5, "images_per_second": 40.0},
+    {"step": 20, "train_loss": 2.0, "epoch": 1.0, "images_per_second": 80.0},
+    {"step": 20, "eval_loss": 2.5, "eval_loss_wrong_photo": 2.75, "grounding_gap": 0.25, "grounding_gap_stderr": 0.01},
+    {"step": 30, "train_loss": 1.0, "epoch": 1.5, "images_per_second": 80.0},
+    {"step": 30, "eval_loss": 2.6, "eval_loss_wrong_photo": 2.7, "grounding_gap": 0.1, "grounding_gap_stderr": 0.01},
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "mini-short"
+    shutil.copytree(SHIPPED["mini-short"], folder)
+    return folder
+
+
+def a_run(folder, init_from=None):
+    """The files of a run, written by hand."""
+    shipped = yaml.safe_load((SHIPPED["mini-short"] / RECORD).read_text())
+    arguments = shipped["arguments"] | {
+        "dataset": str(folder / "data"),
+        "output_dir": str(folder),
+        "init_from": init_from and str(init_from),
+        "resume": "auto",
+        "overwrite": False,
+    }
+    keep = ("data", "processes", "device", "packages", "git_commit")
+    folder.mkdir(parents=True)
+    (folder / RECORD).write_text(yaml.safe_dump({"arguments": arguments} | {name: shipped[name] for name in keep}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return RunFolder(folder, keep=True)
+
+
+def test_a_record_tells_the_runs_before_and_no_folder_of_the_machine(tmp_path):
+    a_run(tmp_path / "first")
+    public = record.public_record(a_run(tmp_path / "second", tmp_path / "first" / "best"))
+    assert str(tmp_path) not in yaml.safe_dump(public)
+    assert public["arguments"]["init_from"] == "runs/first/best"
+    assert public["arguments"]["output_dir"] == "runs/second"
+    assert public["photos_seen"] == 30 * 32
+    assert public["hours"] == round((10 * 32 / 40 + 20 * 32 / 80) / 3600, 2)
+    (before,) = public["before"]
+    assert before["arguments"]["output_dir"] == "runs/first"
+    assert before["photos_seen"] == 30 * 32
+    assert record.best_metrics(RunFolder(tmp_path / "second", keep=True)) == ROWS[2] | {"train_loss": 2.0, "epoch": 1.0}
+
+
+def test_hours_and_grams_add_up():
+    one = {"hours": 2.0, "photos_seen": 100, "device": "2 cores of AMD EPYC", "before": []}
+    two = one | {"hours": 3.0, "before": [one]}
+    taken = card._compute(two)
+    assert (taken["hours"], taken["photos"]) == (5.0, 200)
+    assert taken["grams"] == pytest.approx(5 * 20 / 1000 * 480)
+    assert card._compute(one | {"device": "NVIDIA H100 80GB HBM3"})["grams"] == pytest.approx(2 * 0.7 * 480)
+    assert card._compute(two | {"device": "something new"})["grams"] is None
+
+
+def test_the_command_is_the_config_and_what_differs(checkpoint):
+    arguments = yaml.safe_load((checkpoint / RECORD).read_text())["arguments"]
+    usual = "accelerate launch training/train.py --config training/configs/mini_short.yaml"
+    assert card.command(arguments | {"num_train_epochs": 7.0, "texts": ["short", "captions"]}).startswith(usual)
+    assert "--num_train_epochs 7.0" in card.command(arguments | {"num_train_epochs": 7.0})
+    assert "--texts short captions" in card.command(arguments | {"texts": ["short", "captions"]})
+    of_its_own = card.command(arguments | {"output_dir": "runs/mine"})
+    assert of_its_own.startswith("accelerate launch training/train.py --dataset data --output_dir runs/mine")
+
+
+def a_report(folder, name="mini-short"):
+    """A report of `nanovlm evaluate` on three items, in which the second names most that nobody saw."""
+    evaluation = json.loads((SHIPPED["mini-short"] / "evaluation.json").read_text())
+    measured = evaluation["in_domain"]
+    unseen = [["hat"], ["hat", "ball", "car"], []]
+    measured["mentions"]["rows"] = [{"unseen": things} for things in unseen]
+    measured["originality"]["rows"] = []
+    settings = {"dataset": "data", "variant": "short", "prefix_words": None}
+    results = {
+        "settings": settings,
+        "models": {name: {}},
+        "grounding": {name: evaluation["grounding"]},
+        "sets": {"in_domain": {"items": 3, "models": {name: measured}}},
+    }
+    (folder / "completions").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    rows = [
+        {
+            "item_id": str(number),
+            "model": name,
+            "prefix": "A dog",
+            "text": f"A dog says {number}.",
+            "completion": f"says {number}.",
+            "reference": f"A dog sees {number}.",
+        }
+        for number in range(3)
+    ]
+    (folder / "completions" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_an_evaluation_becomes_part_of_the_card(checkpoint, tmp_path):
+    command = [sys.executable, ROOT / "training" / "card.py", checkpoint, "--report", a_report(tmp_path / "report")]
+    subprocess.run(command, check=True)
+    text = (checkpoint / "README.md").read_text()
+    assert "completions of 3 test photos" in text.replace("\n", " ")
+    assert "| 0 | A dog | says 0. | sees 0. |" in text
+    first_failure = text.split("| photo | begins | it says | not there | the description |\n")[1].splitlines()[1]
+    assert first_failure == "| 1 | A dog | says 1. | hat, ball, car | sees 1. |"
+
+
+def test_a_card_without_an_evaluation(checkpoint):
+    (checkpoint / "evaluation.json").unlink()
+    text = card.card(checkpoint)
+    assert "nanovlm evaluate" not in text
+    assert "## What it says" not in text
+    assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda folder: (folder / RECORD).unlink(), "there is no training_args.yaml or metrics.json"),
+        (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no eval_loss"),
+        (lambda folder: (folder / "metrics.json").write_text("{"), "this is no JSON"),
+        (lambda folder: (folder / "evaluation.json").write_text("{}"), "evaluation.json has no grounding.retrieval"),
+    ],
+)
+def test_no_card_of_half_a_checkpoint(checkpoint, change, problem):
+    change(checkpoint)
+    with pytest.raises(InputError, match=problem):
+        card.card(checkpoint)
+
+
+def test_a_report_of_another_model(checkpoint, tmp_path):
+    with pytest.raises(InputError, match="says nothing of a model mini-short"):
+        card.add_evaluation(checkpoint, a_report(tmp_path / "report", name="other"))
+
+
+def test_runs_are_kept_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "EXPERIMENTS", tmp_path / "kept")
+    folder = compare.keep(a_run(tmp_path / "try").path)
+    assert {path.name for path in folder.iterdir()} == {RECORD, "metrics.jsonl"}
+    assert compare.row(folder) == compare.row(tmp_path / "try")
+    assert compare.table([folder]).splitlines()[2] == ("| `try` | 960 | 0.0 | 2.500 | 2.750 | 0.250 ± 0.010 | 2.000 |")
+    with pytest.raises(InputError, match="this is no run"):
+        compare.keep(tmp_path)
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
+def test_the_table_of_experiments_is_what_was_measured(folder):
+    said = (ROOT / "training" / "EXPERIMENTS.md").read_text()
+    assert f"| {' | '.join(compare.row(folder))} |" in said
+    assert compare.commands([folder]) in said
+    assert "/root" not in (folder / RECORD).read_text()
