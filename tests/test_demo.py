@@ -126,7 +126,6 @@ def complete_on(page, photo):
     return seen.input_value(), unseen.input_value()
 
 
-@pytest.mark.slow
 def test_a_visitor_uploads_and_reads(browser, address, photo):
     page, asked = open_page(browser, address)
     page.get_by_label("How the sentence begins").fill("There is a big")
