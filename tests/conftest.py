@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import serve
 from toy_data import write_sources
 
 from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor, cli
@@ -186,3 +187,17 @@ def train(capsys, monkeypatch, fresh_accelerate):
         return code, capsys.readouterr().err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A chat model's API that misbehaves on demand."""
+    with serve("chat_server.py", tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def api_key(monkeypatch):
+    """What a chat model's client finds in the environment."""
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")

@@ -17,19 +17,9 @@ from servers import serve
 from nanovlm_hf import InputError
 from nanovlm_hf.chat.replies import ChatRequest, ReplyStore
 
+pytestmark = pytest.mark.usefixtures("api_key")
+
 REPLY = {"text": "A.", "finish_reason": "stop", "refusal": None, "usage": None, "model": "m", "id": "1"}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serve("chat_server.py", tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
 
 
 def write_captions(path, photos, first=1):

@@ -17,19 +17,9 @@ from nanovlm_hf.evaluation.calibration import paper_outputs
 from nanovlm_hf.evaluation.completions import Row, read_rows
 from nanovlm_hf.evaluation.judge import CRITERIA, Judge, JudgeSettings, paper_prompt, parse_grades
 
+pytestmark = pytest.mark.usefixtures("api_key")
+
 GOOD = {"grammar": 8, "creativity": 7, "consistency": 9, "meaningfulness": 6, "plot": 0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serve("chat_server.py", tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
 
 
 def rows_of(number, model="mini"):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from importlib.resources import files
@@ -22,6 +23,7 @@ from nanovlm_hf.checkpoints import NAMES
 from nanovlm_hf.data.card import NAMES as DATASETS
 from nanovlm_hf.evaluation.completions import read_rows, write_json
 from nanovlm_hf.evaluation.items import PREFIX_WORDS
+from nanovlm_hf.evaluation.report import interval
 from nanovlm_hf.files import written_whole
 from nanovlm_hf.publish import eval_results
 
@@ -91,19 +93,13 @@ def card(folder: Path) -> str:
         validation_photos=f"{photos['validation']['photos']:,}",
         metrics=_read_json(folder / "metrics.json"),
         evaluation=evaluation,
-        interval=_percent,
+        interval=functools.partial(interval, percent=True),
     )
     return f"{str(filled).rstrip()}\n"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _percent(value: dict[str, Any]) -> str:
-    if value["mean"] is None:
-        return "-"
-    return f"{100 * value['mean']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
 def _own_sizes(arguments: dict[str, Any]) -> bool:
