@@ -125,12 +125,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _card(source: Path, repo_id: str) -> str:
-    """The checkpoint's card with its address on the Hub; its metadata have to say what its files do."""
+    """The checkpoint's card with its address on the Hub; its table and metadata have to say what its files do."""
     card = ModelCard.load(source / "README.md", ignore_metadata_errors=False)
+    metrics = _json(source / "metrics.json")
     said = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
     for result in eval_results(source):
         name, value = result.metric_type, result.metric_value
-        if said.get(name) != value:
+        if said.get(name) != value or (name in METRICS and f"| {metrics[name]:.3f}" not in card.text):
             raise InputError(f"{source.name}: README.md does not say that {name} is {value}: use training/card.py")
     namespace, card.data.model_name = repo_id.split("/")
     datasets = card.data.datasets or []

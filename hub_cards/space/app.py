@@ -100,8 +100,7 @@ def page() -> gr.Blocks:
                 unseen = gr.Textbox(label="Without looking", lines=4, elem_id="blind")
         folder = Path(__file__).parent / "examples"
         gr.Examples([[str(folder / f"{name}.jpg"), begins] for name, begins in EXAMPLES.items()], [photo, prefix])
-        for event in (button.click, prefix.submit):
-            event(complete, [photo, prefix, size, style], [seen, unseen], api_name="complete")
+        gr.on([button.click, prefix.submit], complete, [photo, prefix, size, style], [seen, unseen])
     return blocks
 
 
