@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..chat import options
 from ..errors import InputError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Make datasets and tokenizers: ingest, describe, build, push.")
@@ -15,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Make datasets and tokenizers: inge
 Captions = Annotated[list[Path], typer.Option(help="COCO caption annotations (captions_*.json); may be given again.")]
 NumShards = Annotated[int, typer.Option(min=1, help="Machines that share the photos.")]
 ShardIndex = Annotated[int, typer.Option(min=0, help="Which of them this one is, from 0.")]
+Original = Annotated[bool, typer.Option("--original", help="Keep the photos' files; default is 224 x 224.")]
 License = Annotated[str, typer.Option(help="Of the descriptions, as the Hub spells licences (cc-by-4.0, mit, ...).")]
 About = Annotated[
     Optional[Path],  # noqa: UP045
@@ -44,7 +46,7 @@ def ingest(
         typer.Option(min=1, help="Photos to take; the paper took about 28000.", show_default="all"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Which photos a limit takes.")] = 0,
-    original: Annotated[bool, typer.Option("--original", help="Keep the photos' files; default is 224 x 224.")] = False,
+    original: Original = False,
     workers: Annotated[int, typer.Option(min=1, help="Downloads at a time.")] = 16,
 ) -> None:
     """Collect photos and their captions into one folder, from COCO's annotations or an image folder."""
@@ -66,27 +68,21 @@ def describe(
     captions: Captions,
     out: Annotated[Path, typer.Option(help="Folder of the replies and of what comes of them.")],
     variant: Annotated[str, typer.Option(help="short, long or both.")] = "both",
-    model: Annotated[str, typer.Option(help="The chat model's name at the endpoint.")] = "gpt-4o",
-    base_url: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="An OpenAI-compatible API.", show_default="OPENAI_BASE_URL, or OpenAI's"),
-    ] = None,
+    model: options.Model = "gpt-4o",
+    base_url: options.BaseUrl = None,
     prompt_short: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="File of a prompt of your own.", show_default="Prompt 1 of the paper"),
     ] = None,
     prompt_long: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="File of a prompt of your own.", show_default="Prompt 2 of the paper"),
+        typer.Option(help="Likewise.", show_default="Prompt 2 of the paper"),
     ] = None,
     descriptions: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="JSONL of texts that exist (image_id, short, long): they pass the gates, nobody is asked."),
     ] = None,
-    temperature: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=0.0, help="Of the chat model.", show_default="the endpoint's"),
-    ] = None,
+    temperature: options.Temperature = None,
     attempts: Annotated[int, typer.Option(min=1, help="Replies for a photo until one passes the gates.")] = 3,
     words_short: Annotated[str, typer.Option(help="Accepted numbers of words (the prompt asks for 20-25).")] = "15-32",
     words_long: Annotated[str, typer.Option(help="Likewise (60-70).")] = "50-85",
@@ -96,20 +92,14 @@ def describe(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Of a reply; models that think first need more.", show_default="120 short, 300 long"),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 16,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a reply.")] = 60.0,
+    concurrency: options.Concurrency = 16,
+    timeout: options.Timeout = 60.0,
     tries: Annotated[int, typer.Option(min=1, help="Tries of a request that is not answered.")] = 6,
-    price: Annotated[
-        Optional[tuple[float, float]],  # noqa: UP045
-        typer.Option(help="US dollars for a million tokens in and out.", show_default="OpenAI's, of models known"),
-    ] = None,
-    max_cost: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=0.0, help="Stop before the folder's replies cost more US dollars.", show_default="no limit"),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print calls, tokens and cost; ask nobody.")] = False,
-    batch: Annotated[bool, typer.Option("--batch", help="Use the Batch API: half the price, within a day.")] = False,
-    poll_seconds: Annotated[float, typer.Option(min=0.01, help="Between two looks at a batch.")] = 30.0,
+    price: options.Price = None,
+    max_cost: options.MaxCost = None,
+    dry_run: options.DryRun = False,
+    batch: options.Batch = False,
+    poll_seconds: options.PollSeconds = 30.0,
     num_shards: NumShards = 1,
     shard_index: ShardIndex = 0,
 ) -> None:
@@ -199,7 +189,7 @@ def build(
         typer.Option(help="Folder of the photos.", show_default="needed, but for --text-only"),
     ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="No pixels and no human captions.")] = False,
-    original: Annotated[bool, typer.Option("--original", help="Keep the photos' files; default is 224 x 224.")] = False,
+    original: Original = False,
     license: License = "other",
     about: About = None,
     num_shards: NumShards = 1,
@@ -248,7 +238,7 @@ def join(
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="COCO caption annotations: the human captions, and the photos' names in your folder."),
     ] = None,
-    original: Annotated[bool, typer.Option("--original", help="Keep the photos' files; default is 224 x 224.")] = False,
+    original: Original = False,
     license: License = "other",
     about: About = None,
 ) -> None:

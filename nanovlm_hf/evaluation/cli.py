@@ -7,34 +7,16 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..chat import options
 from ..errors import InputError, UsageError
 
 app = typer.Typer(help="Judge models: completions, grades, originality, grounding, people, and a report.")
 
-JudgeModel = Annotated[str, typer.Option(help="The chat model's name at the endpoint.")]
-BaseUrl = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="An OpenAI-compatible API.", show_default="OPENAI_BASE_URL, or OpenAI's"),
-]
 Prompt = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="File of a prompt of your own.", show_default="Prompt 3 of the paper"),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Grades for each completion.")]
-Temperature = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(min=0.0, help="Of the judge.", show_default="the endpoint's"),
-]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at a time.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for a grade.")]
-PriceOption = Annotated[
-    Optional[tuple[float, float]],  # noqa: UP045
-    typer.Option(help="US dollars for a million tokens in and out.", show_default="OpenAI's, of models known"),
-]
-MaxCost = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(min=0.0, help="Stop before the folder's grades cost more US dollars.", show_default="no limit"),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,13 +61,13 @@ def evaluate(
         bool, typer.Option("--judge-sees-photo", help="Show the judge the photos (beyond the paper).")
     ] = False,
     judge_prompt: Prompt = None,
-    judge_base_url: BaseUrl = None,
-    judge_temperature: Temperature = None,
+    judge_base_url: options.BaseUrl = None,
+    judge_temperature: options.Temperature = None,
     repeats: Repeats = 1,
-    concurrency: Concurrency = 16,
-    timeout: Timeout = 60.0,
-    price: PriceOption = None,
-    max_cost: MaxCost = None,
+    concurrency: options.Concurrency = 16,
+    timeout: options.Timeout = 60.0,
+    price: options.Price = None,
+    max_cost: options.MaxCost = None,
 ) -> None:
     """Complete a dataset's test items with each model, measure, and write a report."""
     if context.invoked_subcommand is not None:
@@ -134,18 +116,18 @@ def judge_command(
         list[str], typer.Option(help="Completions (JSONL), or paper: those that the paper prints; may be given again.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the replies and the grades.")],
-    model: JudgeModel = "gpt-4o",
-    base_url: BaseUrl = None,
+    model: options.Model = "gpt-4o",
+    base_url: options.BaseUrl = None,
     prompt: Prompt = None,
-    temperature: Temperature = None,
+    temperature: options.Temperature = None,
     repeats: Repeats = 1,
-    concurrency: Concurrency = 16,
-    timeout: Timeout = 60.0,
-    price: PriceOption = None,
-    max_cost: MaxCost = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print calls, tokens and cost; ask nobody.")] = False,
-    batch: Annotated[bool, typer.Option("--batch", help="Use the Batch API: half the price, within a day.")] = False,
-    poll_seconds: Annotated[float, typer.Option(min=0.01, help="Between two looks at a batch.")] = 30.0,
+    concurrency: options.Concurrency = 16,
+    timeout: options.Timeout = 60.0,
+    price: options.Price = None,
+    max_cost: options.MaxCost = None,
+    dry_run: options.DryRun = False,
+    batch: options.Batch = False,
+    poll_seconds: options.PollSeconds = 30.0,
 ) -> None:
     """Grade completions with a chat model (Prompt 3 of the paper)."""
     from ..chat.replies import ReplyStore
