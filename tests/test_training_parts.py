@@ -1,5 +1,8 @@
 """The parts of the training script: fields, texts, batches, pixels, losses, the run's folder."""
 
+import subprocess
+import sys
+
 import evaluation
 import loop
 import numpy as np
@@ -355,3 +358,27 @@ def test_photos_that_do_not_decode(tmp_path, toy, monkeypatch):
     assert np.abs(photos[7].astype(int) - np.asarray(square(8)[0])).mean() < 3, "rows and photos stay together"
     with pytest.raises(InputError, match=r"2 of 150 photos cannot be decoded \(image_id 7, 9\)"):
         photo_store.decode_once(rows({7, 9}), image_processor)
+
+
+def test_freed_memory_is_kept():
+    """Steps take new pages from the system only where nobody asked to keep the old ones; each in its own process."""
+    script = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from memory import keep_freed_memory
+assert sys.argv[2] == "before" or keep_freed_memory()
+layer = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 512))
+inputs = torch.randn(4096, 512)
+for step in range(8):
+    if step == 3:
+        warm = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    layer(inputs).square().mean().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - warm)
+"""
+
+    def new_pages(when):
+        command = [sys.executable, "-c", script, ROOT / "training", when]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert new_pages("after") < new_pages("before") / 2

@@ -21,6 +21,7 @@ from arguments import TrainingArguments
 from batches import TrainingBatches
 from evaluation import evaluate
 from evidence import Meter, count_flops, describe_run, known_words, write_samples, write_strip
+from memory import keep_freed_memory
 from objective import CompletionObjective
 from pixels import to_pixel_values
 from record import describe_checkpoint
@@ -57,6 +58,8 @@ class _Run:
     def __init__(self, arguments: TrainingArguments):
         self.arguments = arguments
         self.accelerator = accelerator = _accelerator(arguments)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         set_seed(arguments.seed)
         disable_progress_bar()  # of saving, which would tear the run's own
         # With every state Accelerate says that it saves tied weights once.
