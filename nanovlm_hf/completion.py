@@ -155,8 +155,8 @@ def complete(
             texts = iter(_generate(model, processor, images, prefix, seed, settings))
             blanks = iter(())
             if blind:
-                blanks = [blank_picture(processor)] * len(images)
-                blanks = iter(_generate(model, processor, blanks, prefix, seed, settings))
+                nothing = [blank_picture(processor)] * len(images)
+                blanks = iter(_generate(model, processor, nothing, prefix, seed, settings))
             for one in batch:
                 if one.error is None:
                     one.texts = next(texts)

@@ -17,6 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .checkpoints import SHIPPED
 from .configuration_nanovlm import NanoVLMConfig
+from .data.sources import read_json
 from .errors import InputError, UsageError, first_line
 from .files import link_or_copy
 from .uploading import need_token, reason_of
@@ -90,14 +91,15 @@ def eval_results(folder: Path) -> list[EvalResult]:
     Raises:
         InputError: if a metric is missing.
     """
-    metrics = _json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
     for name in METRICS:
         if not isinstance(metrics.get(name), (int, float)):
             raise InputError(f"{folder.name}: metrics.json has no {name}: make the checkpoint anew")
     found = [("validation", name, title, metrics[name]) for name, title in METRICS.items()]
     if (folder / "evaluation.json").exists():
+        evaluation = read_json(folder / "evaluation.json")
         for name, (title, keys) in EVALUATED.items():
-            value = _json(folder / "evaluation.json")
+            value = evaluation
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
             if value is None:
@@ -117,17 +119,10 @@ def eval_results(folder: Path) -> list[EvalResult]:
     ]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: this is no JSON ({first_line(error)})") from None
-
-
 def _card(source: Path, repo_id: str) -> str:
     """The checkpoint's card with its address on the Hub; its table and metadata have to say what its files do."""
     card = ModelCard.load(source / "README.md", ignore_metadata_errors=False)
-    metrics = _json(source / "metrics.json")
+    metrics = read_json(source / "metrics.json")
     said = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
     for result in eval_results(source):
         name, value = result.metric_type, result.metric_value

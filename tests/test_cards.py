@@ -63,6 +63,15 @@ def test_a_record_tells_the_runs_before_and_no_folder_of_the_machine(tmp_path):
     assert record.best_metrics(RunFolder(tmp_path / "second", keep=True)) == ROWS[2] | {"train_loss": 2.0, "epoch": 1.0}
 
 
+def test_a_run_from_a_checkpoint_tells_the_checkpoints_own_run(tmp_path):
+    """By short name, or from a folder with its record beside the weights; without one, nothing is made up."""
+    shipped = yaml.safe_load((SHIPPED["mini-long"] / RECORD).read_text())
+    for number, init_from in enumerate(("mini-long", SHIPPED["mini-long"])):
+        (before,) = record.public_record(a_run(tmp_path / str(number), init_from))["before"]
+        assert before == {name: value for name, value in shipped.items() if name not in ("name", "about")}
+    assert record.public_record(a_run(tmp_path / "other", "org/model"))["before"] == []
+
+
 def test_hours_and_grams_add_up():
     one = {"hours": 2.0, "photos_seen": 100, "device": "2 cores of AMD EPYC", "before": []}
     two = one | {"hours": 3.0, "before": [one]}
@@ -137,7 +146,7 @@ def test_a_card_without_an_evaluation(checkpoint):
     [
         (lambda folder: (folder / RECORD).unlink(), "there is no training_args.yaml or metrics.json"),
         (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no eval_loss"),
-        (lambda folder: (folder / "metrics.json").write_text("{"), "this is no JSON"),
+        (lambda folder: (folder / "metrics.json").write_text("{"), "line 1 is not JSON"),
         (lambda folder: (folder / "evaluation.json").write_text("{}"), "evaluation.json has no grounding.retrieval"),
     ],
 )

@@ -2,12 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from card import card
 from huggingface_hub import ModelCard
 from matplotlib import get_data_path
 from PIL import Image
@@ -20,8 +20,6 @@ from nanovlm_hf.publish import METRICS, eval_results
 ROOT = Path(__file__).parent.parent
 PORTRAIT = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
 FOLDERS = pytest.mark.parametrize("folder", SHIPPED.values(), ids=SHIPPED.keys())
-
-sys.path.insert(0, str(ROOT / "training"))
 
 
 def read(path):
@@ -89,8 +87,6 @@ def test_it_completes_a_real_photo_and_looks_at_it(shipped):
 
 @FOLDERS
 def test_the_card_is_what_the_files_say(folder):
-    from card import card
-
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert card(folder) == text, "write it anew: python training/card.py CHECKPOINT"
     metrics, evaluation = read(folder / "metrics.json"), read(folder / "evaluation.json")

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import only_line, picture, tiny_model, tiny_processor
@@ -179,7 +180,7 @@ def test_no_gradio_and_a_taken_port(run, monkeypatch):
 
 
 def test_example_photos_can_be_shown():
-    folder = app.Path(app.__file__).parent / "examples"
+    folder = Path(app.__file__).parent / "examples"
     told = (folder / "README.md").read_text()
     assert {path.stem for path in folder.glob("*.jpg")} == set(app.EXAMPLES)
     for name in app.EXAMPLES:

@@ -170,7 +170,7 @@ def test_ratings_that_are_none(sheet, run, tmp_path, change, problem):
 
 def test_no_json(sheet, tmp_path):
     (tmp_path / "ratings.json").write_text("{")
-    with pytest.raises(InputError, match="this is no JSON"):
+    with pytest.raises(InputError, match="line 1 is not JSON"):
         score_ratings(sheet[1], [tmp_path / "ratings.json"])
 
 

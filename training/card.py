@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,15 @@ from typing import Any
 import yaml
 from arguments import TrainingArguments, read_arguments
 from huggingface_hub import ModelCard, ModelCardData
+from machines import gpu_of
+from messages import one_line_errors
 from run_folder import RECORD, photos_per_step
+from setup_run import PAPERS_NAMES
 
 from nanovlm_hf import InputError, NanoVLMConfig
 from nanovlm_hf.checkpoints import NAMES
 from nanovlm_hf.data.card import NAMES as DATASETS
+from nanovlm_hf.data.sources import read_json
 from nanovlm_hf.evaluation.completions import read_rows, write_json
 from nanovlm_hf.evaluation.items import PREFIX_WORDS
 from nanovlm_hf.evaluation.report import interval
@@ -29,9 +31,7 @@ from nanovlm_hf.publish import eval_results
 
 CONFIGS = Path(__file__).parent / "configs"
 EXAMPLES, FAILURES = 4, 4  # rows of a card
-# Watts: GPUs as their data sheets give them, a core of a server's processor with its share of the memory.
-WATTS = {"H200": 700, "H100": 700, "A100": 400, "L4": 72, "RTX 4090": 450}
-WATTS_OF_A_CORE = 10
+WATTS_OF_A_CORE = 10  # of a server's processor, with its share of the memory
 GRAMS_OF_CO2_A_KWH = 480  # the world's mean in 2023 (Ember, Global Electricity Review 2024)
 
 
@@ -51,7 +51,7 @@ def card(folder: Path) -> str:
     if not (folder / RECORD).exists() or not (folder / "metrics.json").exists():
         raise InputError(f"{folder}: there is no {RECORD} or metrics.json: training writes both beside a best model")
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
-    evaluation = _read_json(folder / "evaluation.json")
+    evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else None
     config = NanoVLMConfig.from_pretrained(folder)
     arguments, photos, name = record["arguments"], record["data"], record["name"]
     counts = config.parameter_counts()
@@ -60,6 +60,7 @@ def card(folder: Path) -> str:
         f"{f'{train:,} photos' if train else 'A stream of photos'} to train and {photos['validation']['photos']:,} to "
         f"validate of the dataset `{arguments['dataset']}`."
     )
+    own_sizes = any(arguments[name] is not None for name in PAPERS_NAMES)
     taken = _compute(record)
     card_data = ModelCardData(
         language="en",
@@ -78,7 +79,7 @@ def card(folder: Path) -> str:
         name=name,
         load_from=f'nanovlm_hf.SHIPPED["{name}"]' if name in NAMES else f'"runs/{name}/best"',
         description=DATASETS[arguments["variant"]],
-        size=f"The {arguments['preset']}" if not _own_sizes(arguments) else f"A variant of the {arguments['preset']}",
+        size=f"The {arguments['preset']}" if not own_sizes else f"A variant of the {arguments['preset']}",
         parameters=f"{counts['total'] / 1e6:.1f}M",
         shares="/".join(f"{100 * counts[part] / counts['total']:.0f}" for part in ("encoder", "projector", "decoder")),
         image_tokens="one token" if config.image_seq_length == 1 else f"{config.image_seq_length} tokens",
@@ -91,20 +92,11 @@ def card(folder: Path) -> str:
         command="\n".join(_commands(record)),
         compute=_told(taken),
         validation_photos=f"{photos['validation']['photos']:,}",
-        metrics=_read_json(folder / "metrics.json"),
+        metrics=read_json(folder / "metrics.json"),
         evaluation=evaluation,
         interval=functools.partial(interval, percent=True),
     )
     return f"{str(filled).rstrip()}\n"
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _own_sizes(arguments: dict[str, Any]) -> bool:
-    names = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
-    return any(arguments.get(name) is not None for name in names)
 
 
 def beyond_the_paper(arguments: dict[str, Any]) -> str:
@@ -166,7 +158,8 @@ def _watts(device: str) -> int | None:
     cores, _, name = device.partition(" cores of ")
     if name:
         return int(cores) * WATTS_OF_A_CORE
-    return next((watts for gpu, watts in WATTS.items() if gpu in device), None)
+    gpu = gpu_of(device)
+    return gpu and gpu.watts
 
 
 def _told(taken: dict[str, Any]) -> str:
@@ -195,8 +188,8 @@ def add_evaluation(folder: Path, report: Path) -> None:
     Raises:
         InputError: if the report has nothing of this checkpoint, or no grounding.
     """
-    results = _read_json(report / "results.json")
-    if results is None or folder.name not in results["models"]:
+    results = read_json(report / "results.json")
+    if folder.name not in results["models"]:
         raise InputError(f"{report}: results.json says nothing of a model {folder.name}")
     if folder.name not in results["grounding"]:
         raise InputError(f"{report}: grounding was left out: evaluate with --grounding-photos")
@@ -225,20 +218,16 @@ def add_evaluation(folder: Path, report: Path) -> None:
     )
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Write the card of a checkpoint.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--report", type=Path, help="folder that `nanovlm evaluate` wrote")
     arguments = parser.parse_args()
-    try:
+    with one_line_errors("card.py"):
         if arguments.report is not None:
             add_evaluation(arguments.checkpoint, arguments.report)
         write_card(arguments.checkpoint)
-    except InputError as error:
-        print(f"card.py: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

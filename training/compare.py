@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from card import command
+from messages import one_line_errors
 from record import best_metrics, public_record
 from run_folder import RECORD, RunFolder
 
@@ -23,14 +23,22 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 HEADER = ["run", "photos seen", "hours", "validation loss", "wrong photo", "grounding gap", "training loss"]
 
 
-def row(folder: Path) -> list[str]:
-    """A run's best evaluation, with what it took until its end."""
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record of a run, a kept run or a checkpoint, without folders of a machine.
+
+    Raises:
+        InputError: if the folder is none of them.
+    """
+    if not (folder / RECORD).exists():
+        raise InputError(f"{folder}: there is no {RECORD}: this is no run")
     run = RunFolder(folder, keep=True)
     record = run.description()
-    if record is None:
-        raise InputError(f"{folder}: there is no {RECORD}: this is no run")
-    record = record if "photos_seen" in record else public_record(run)
-    best: dict[str, Any] = best_metrics(run)
+    return record if "photos_seen" in record else public_record(run)
+
+
+def row(folder: Path) -> list[str]:
+    """A run's best evaluation, with what it took until its end."""
+    record, best = record_of(folder), best_metrics(RunFolder(folder, keep=True))
     return [
         f"`{Path(record['arguments']['output_dir']).name}`",
         f"{record['photos_seen']:,}",
@@ -50,36 +58,29 @@ def table(folders: list[Path]) -> str:
 
 def commands(folders: list[Path]) -> str:
     """How to run each of them again."""
-    records = [RunFolder(folder, keep=True).description() for folder in folders]
-    return "".join(f"{command(record['arguments'])}\n" for record in records)
+    return "".join(f"{command(record_of(folder)['arguments'])}\n" for folder in folders)
 
 
 def keep(run: Path) -> Path:
     """Copies a run's record, without its machine's folders, and its metrics; not its models."""
-    folder = RunFolder(run, keep=True)
-    if folder.description() is None:
-        raise InputError(f"{run}: there is no {RECORD}: this is no run")
+    record = record_of(run)
     kept = EXPERIMENTS / run.name
     kept.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder.metrics_path, kept / "metrics.jsonl")
+    shutil.copyfile(run / "metrics.jsonl", kept / "metrics.jsonl")
     with written_whole(kept / RECORD) as file:
-        yaml.safe_dump(public_record(folder), file, sort_keys=False)
+        yaml.safe_dump(record, file, sort_keys=False)
     return kept
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Compare runs.")
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--keep", action="store_true", help="copy them to training/experiments first")
     arguments = parser.parse_args()
-    try:
+    with one_line_errors("compare.py"):
         folders = [keep(folder) for folder in arguments.folders] if arguments.keep else arguments.folders
         print(f"{table(folders)}\n```bash\n{commands(folders)}```")
-    except (InputError, OSError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

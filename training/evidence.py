@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from arguments import TrainingArguments
+from machines import gpu_of
 from PIL import Image
 from run_folder import RunFolder
 from setup_run import Split, generation_config
@@ -31,8 +32,6 @@ from nanovlm_hf.evaluation.originality import rouge_tokens
 from nanovlm_hf.files import written_whole
 
 PACKAGES = ("nanovlm-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-# Operations a second without sparsity in bfloat16, as NVIDIA's data sheets give them.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "RTX 4090": 165e12}
 SAMPLES = 8  # that are written down, of
 COMPLETIONS = 32  # from which the signs of coherence come
 PREFIX_WORDS = 4
@@ -132,14 +131,14 @@ class Meter:
         """`train_loss` in nats per token; images and tokens a second over all processes; MFU; memory in MiB."""
         seconds = time.perf_counter() - self.start
         images_per_second = self.images / seconds
-        peak = next((value for name, value in PEAK_BF16.items() if name in device_name(self.device)), None)
+        gpu = gpu_of(device_name(self.device)) if self.device.type == "cuda" else None
         flops = flops_per_image * images_per_second if flops_per_image else None
         return {
             "train_loss": self.loss_sum / self.steps,
             "images_per_second": round(images_per_second, 1),
             "tokens_per_second": round(self.tokens / seconds, 1),
             "teraflops": round(flops / 1e12, 4) if flops else None,
-            "mfu": round(flops / peak, 4) if flops and peak and self.device.type == "cuda" else None,
+            "mfu": round(flops / gpu.flops, 4) if flops and gpu else None,
             "memory_mib": self._memory(),
         }
 

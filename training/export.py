@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
+from messages import one_line_errors
 from record import describe_checkpoint
 from run_folder import RunFolder
 from setup_run import generation_config
@@ -57,20 +57,16 @@ def _load_as_float32(config: Path) -> None:
     config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Make a checkpoint to ship of a run.")
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which gives the model its name")
     parser.add_argument("--about", type=Path, help="Markdown file for the card: what it was trained on")
     arguments = parser.parse_args()
-    try:
+    with one_line_errors("export.py"):
         about = None if arguments.about is None else arguments.about.read_text(encoding="utf-8")
         export(arguments.run, arguments.out, about)
-    except (InputError, OSError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

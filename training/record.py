@@ -10,6 +10,7 @@ import yaml
 from card import write_card
 from run_folder import RECORD, RunFolder, photos_per_step
 
+from nanovlm_hf import SHIPPED
 from nanovlm_hf.evaluation.completions import write_json
 from nanovlm_hf.files import written_whole
 
@@ -27,9 +28,8 @@ def public_record(run: RunFolder) -> dict[str, Any]:
     """A run's record without the folders of its machine, with what it took and the runs that it went on from."""
     record = run.description()
     arguments = dict(record["arguments"])
-    init_from, before = arguments["init_from"], []
-    if init_from is not None and (Path(init_from).parent / RECORD).exists():
-        before = [public_record(RunFolder(Path(init_from).parent, keep=True))]
+    init_from = arguments["init_from"]
+    before = [] if init_from is None else _before(Path(SHIPPED.get(init_from, init_from)))
     for name in ("resume", "overwrite"):
         del arguments[name]
     for name in ("dataset", "tokenizer"):
@@ -38,6 +38,16 @@ def public_record(run: RunFolder) -> dict[str, Any]:
     if init_from is not None and "/" in init_from:
         arguments["init_from"] = "/".join(["runs", *Path(init_from).parts[-2:]])
     return record | {"arguments": arguments} | _taken(run.rows(), photos_per_step(record)) | {"before": before}
+
+
+def _before(checkpoint: Path) -> list[dict[str, Any]]:
+    """The record of the run that made a checkpoint: it lies beside the weights, or in the run's folder above."""
+    if (checkpoint / RECORD).exists():
+        record = RunFolder(checkpoint, keep=True).description()
+        return [{name: value for name, value in record.items() if name not in ("name", "about")}]
+    if (checkpoint.parent / RECORD).exists():
+        return [public_record(RunFolder(checkpoint.parent, keep=True))]
+    return []
 
 
 def _taken(rows: list[dict[str, Any]], photos_per_step: int) -> dict[str, Any]:

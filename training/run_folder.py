@@ -54,7 +54,7 @@ class RunFolder:
 
     def description(self) -> dict[str, Any] | None:
         """What `describe` wrote, or None."""
-        path = self.path / "training_args.yaml"
+        path = self.path / RECORD
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def log(self, row: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def read_captions(path: str | Path) -> list[Photo]:
     Raises:
         InputError: if the file is missing, is not COCO's format, or has an id twice.
     """
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise InputError(f"{path}: no list 'images' in it: give a COCO captions_*.json")
     if not isinstance(content.get("annotations"), list):
@@ -135,7 +135,12 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _read_json(path: str | Path) -> Any:
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: if it cannot be read, or is no JSON.
+    """
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..data.sources import read_text
+from ..data.sources import read_json, read_text
 from ..errors import InputError
 from ..files import written_whole
 from .generators import Generator, public_name
@@ -69,7 +69,7 @@ def complete_items(
     }
     path, about_path = folder / f"{name}.jsonl", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    before = json.loads(about_path.read_text(encoding="utf-8")) if about_path.exists() else about
+    before = read_json(about_path) if about_path.exists() else about
     for field, value in about.items():
         if before.get(field) != json.loads(json.dumps(value)):
             raise InputError(f"{path}: these completions are of other {field}: remove the file, or name another --out")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.sources import read_text
+from ..data.sources import read_json
 from ..errors import InputError
 from ..files import written_whole
 from .completions import Row
@@ -69,7 +69,7 @@ def read_ratings(path: Path, key: dict[str, Any]) -> np.ndarray:
     Raises:
         InputError: if it is of another sheet, or a rating is no whole number of 0 to 10.
     """
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("sheet") != key["sheet"]:
         raise InputError(
             f"{path}: these ratings are of another sheet than the key: give the key that was written with it"
@@ -84,13 +84,6 @@ def read_ratings(path: Path, key: dict[str, Any]) -> np.ndarray:
     if np.isnan(ratings).all():
         raise InputError(f"{path}: nothing is rated in it")
     return ratings
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except ValueError:
-        raise InputError(f"{path}: this is no JSON") from None
 
 
 def score_ratings(key_path: Path, paths: list[Path], judged: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -108,7 +101,7 @@ def score_ratings(key_path: Path, paths: list[Path], judged: list[dict[str, Any]
     Raises:
         InputError: for files that cannot be used.
     """
-    key = _read_json(key_path)
+    key = read_json(key_path)
     ratings = np.stack([read_ratings(path, key) for path in paths])  # raters, items, criteria
     means = _mean_of_raters(ratings)
     models: dict[str, Any] = {}
@@ -190,7 +183,7 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: if there are none.
     """
-    content = _read_json(path)
+    content = read_json(path)
     found = content.get("lines") or content.get("sets", {}).get("in_domain", {}).get("judge", {}).get("lines")
     if not found:
         raise InputError(f"{path}: there are no grades of a judge in it")

@@ -11,6 +11,7 @@ from typing import Any
 from ..chat.client import Endpoint
 from ..chat.replies import ReplyStore
 from ..chat.terminal import asker
+from ..data.sources import read_json
 from ..data.splits import lowest_hashes
 from ..errors import InputError
 from ..files import written_whole
@@ -171,7 +172,7 @@ def _grounding(generator: Generator, name: str, settings: EvaluationSettings, we
     identity = {"weights": weights, "photos": [int(image_id) for image_id in rows["image_id"]]}
     path = settings.out / "grounding" / f"{name}.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if before["identity"] == identity:
             return before["measured"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def _grounding(generator: Generator, name: str, settings: EvaluationSettings, we
     measured = measure_grounding(likelihood, features, list(rows["description"]), captions)
     with written_whole(path) as file:
         file.write(json.dumps({"identity": identity, "measured": measured}, indent=1) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))["measured"]
+    return read_json(path)["measured"]
 
 
 def _judge(settings: EvaluationSettings, sets: list[ItemSet], results: dict[str, Any]) -> str | None:
