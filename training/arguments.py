@@ -56,6 +56,9 @@ class TrainingArguments:
     dropout: float = _field(0.1, "on embeddings, residual branches and the projector")
     tokenizer: Optional[str] = _field(None, "folder of a tokenizer; unset means the one that the package ships")
     init_from: Optional[str] = _field(None, "checkpoint to begin from instead of random weights")
+    init_encoder_from: Optional[str] = _field(
+        None, "checkpoint of the same encoder, or one of fewer blocks, for the visual side alone to begin from"
+    )
 
     visual_words_weight: float = _field(
         0.0, "weight of naming the captions' words from the visual token (beyond the paper)"
@@ -115,6 +118,12 @@ class TrainingArguments:
         for name in ("max_steps", "train_samples"):
             value = getattr(self, name)
             _refuse_unless(value is None or value >= 1, name, value, "is less than 1")
+        _refuse_unless(
+            not (self.init_from and self.init_encoder_from),
+            "init_encoder_from",
+            self.init_encoder_from,
+            "but init_from gives a whole model: leave one out",
+        )
         if self.streaming:
             _refuse_unless(self.max_steps is not None, "max_steps", None, "but a stream has no length: say how many")
             _refuse_unless(

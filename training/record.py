@@ -28,15 +28,19 @@ def public_record(run: RunFolder) -> dict[str, Any]:
     """A run's record without the folders of its machine, with what it took and the runs that it went on from."""
     record = run.description()
     arguments = dict(record["arguments"])
-    init_from = arguments["init_from"]
-    before = [] if init_from is None else _before(Path(SHIPPED.get(init_from, init_from)))
+    before = []
+    for name in ("init_from", "init_encoder_from"):
+        begun = arguments.get(name)
+        if begun is None:
+            continue
+        before += _before(Path(SHIPPED.get(begun, begun)))
+        if "/" in begun:
+            arguments[name] = "/".join(["runs", *Path(begun).parts[-2:]])
     for name in ("resume", "overwrite"):
         del arguments[name]
     for name in ("dataset", "tokenizer"):
         arguments[name] = arguments[name] and Path(arguments[name]).name
     arguments["output_dir"] = f"runs/{run.path.name}"
-    if init_from is not None and "/" in init_from:
-        arguments["init_from"] = "/".join(["runs", *Path(init_from).parts[-2:]])
     return record | {"arguments": arguments} | _taken(run.rows(), photos_per_step(record)) | {"before": before}
 
 

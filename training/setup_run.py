@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from arguments import TrainingArguments
 from datasets import Dataset, load_dataset
+from growing import take_encoder
 from photo_store import decode_once
 from streaming import StreamedSplit, open_stream, stored_rows
 from texts import TokenizedTexts
@@ -157,6 +158,9 @@ def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditi
         model = NanoVLMForConditionalGeneration(config)
     except ValueError as error:
         raise InputError(f"n_head, head_size, img_embd_dim: {error}") from None
+    if arguments.init_encoder_from is not None:
+        folder = _checkpoint("init_encoder_from", arguments.init_encoder_from)
+        take_encoder(model, NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
     model.generation_config = generation_config(config)
     processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer, image_seq_length=config.image_seq_length)
     return model, processor
@@ -194,22 +198,38 @@ def _tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
+def _checkpoint(field: str, name: str) -> str | Path:
+    """The folder of a checkpoint: of one that ships by its short name."""
+    folder = SHIPPED.get(name, name)
+    if not (Path(folder) / "config.json").exists():
+        raise InputError(f"{field}: there is no checkpoint in {folder}")
+    return folder
+
+
 def _from_checkpoint(
     arguments: TrainingArguments,
 ) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    folder = SHIPPED.get(arguments.init_from, arguments.init_from)
-    if not (Path(folder) / "config.json").exists():
-        raise InputError(f"init_from: there is no checkpoint in {folder}")
-    model = NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    folder = _checkpoint("init_from", arguments.init_from)
+    found = NanoVLMConfig.from_pretrained(folder)
     processor = NanoVLMProcessor.from_pretrained(folder)
-    if len(processor.tokenizer) != model.config.text_config.vocab_size:
+    vocab_size = found.text_config.vocab_size
+    if len(processor.tokenizer) != vocab_size:
         raise InputError(
-            f"init_from: {folder} has a model of {model.config.text_config.vocab_size} entries and a tokenizer of "
-            f"{len(processor.tokenizer)}"
+            f"init_from: {folder} has a model of {vocab_size} entries and a tokenizer of {len(processor.tokenizer)}"
         )
     if arguments.tokenizer and _tokenizer(arguments.tokenizer).get_vocab() != processor.tokenizer.get_vocab():
         raise InputError(
             f"tokenizer: {arguments.tokenizer} is not the one that {folder} was trained with: leave it out"
         )
-    model.generation_config = generation_config(model.config)
+    config = model_config(arguments, vocab_size)
+    if _sizes(found) != _sizes(config):
+        raise InputError(f"init_from: {folder} is no {arguments.preset} as this run asks for it: give its own sizes")
+    model = NanoVLMForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
+    model.generation_config = generation_config(config)
     return model, processor
+
+
+def _sizes(config: NanoVLMConfig) -> tuple[Any, ...]:
+    towers = (config.vision_config, config.text_config)
+    sizes = [(one.hidden_size, one.num_hidden_layers, one.num_attention_heads) for one in towers]
+    return config.vision_feature_select_strategy, *sizes

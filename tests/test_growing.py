@@ -1,0 +1,88 @@
+"""Runs that begin from checkpoints: whole, or with the visual side of one alone."""
+
+import pytest
+import setup_run
+import torch
+from arguments import read_arguments
+from growing import take_encoder
+
+from nanovlm_hf import SHIPPED, InputError, NanoVLMConfig, NanoVLMForConditionalGeneration
+
+
+def a_model(n_blks, n_embd=16, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    config = NanoVLMConfig.from_paper(
+        n_blks=n_blks,
+        n_layer=1,
+        n_head=2,
+        n_embd=n_embd,
+        head_size=n_embd // 2,
+        img_embd_dim=32,
+        vocab_size=50,
+        **kwargs,
+    )
+    return NanoVLMForConditionalGeneration(config).eval()
+
+
+def arguments(*options):
+    return read_arguments(["--dataset", "data", "--output_dir", "run", *map(str, options)])
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (1, 3), (2, 4)])
+def test_more_blocks_see_at_first_what_fewer_saw(blocks):
+    few, more = a_model(blocks[0], seed=0), a_model(blocks[1], n_embd=24, seed=1)
+    pixel_values = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        wanted = few.model.vision_tower(pixel_values, cls_only=True).pooler_output
+        assert not torch.allclose(more.model.vision_tower(pixel_values, cls_only=True).pooler_output, wanted)
+        take_encoder(more, few)
+        torch.testing.assert_close(more.model.vision_tower(pixel_values, cls_only=True).pooler_output, wanted)
+        torch.testing.assert_close(more.model.vision_tower(pixel_values).pooler_output, wanted)
+    assert torch.equal(more.model.multi_modal_projector.fc1.weight, few.model.multi_modal_projector.fc1.weight)
+
+
+def test_the_blocks_that_were_added_learn():
+    few, more = a_model(1), a_model(2, seed=1)
+    take_encoder(more, few)
+    assert torch.equal(more.model.multi_modal_projector.fc2.weight, few.model.multi_modal_projector.fc2.weight)
+    more.train()
+    ids = torch.tensor([[1, 3, 7, 9]])
+    more(input_ids=ids, pixel_values=torch.randn(1, 3, 224, 224), labels=ids).loss.backward()
+    added = more.model.vision_tower.blocks[0]
+    assert added.self_attn.out_proj.weight.grad.abs().sum() > 0
+    assert added.mlp.fc2.weight.grad.abs().sum() > 0
+
+
+def test_an_encoder_of_more_blocks_or_other_patches():
+    with pytest.raises(InputError, match="its encoder has 2 blocks, this one 1"):
+        take_encoder(a_model(1), a_model(2))
+    with pytest.raises(InputError, match="its encoder's patch_size is 32, this model's is 16"):
+        take_encoder(a_model(1), a_model(1, vision_config={"patch_size": 32}))
+
+
+def test_a_variant_that_sees_every_patch_takes_the_eyes_of_mini():
+    options = ("--init_encoder_from", "mini-short", "--vision_feature_select_strategy", "full")
+    model, processor = setup_run.model_and_processor(arguments(*options))
+    shipped = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED["mini-short"], dtype=torch.float32)
+    for name, value in shipped.model.vision_tower.state_dict().items():
+        assert torch.equal(model.model.vision_tower.state_dict()[name], value), name
+    assert model.config.image_seq_length == processor.image_seq_length == 197
+
+
+def test_a_whole_checkpoint_takes_the_runs_dropout():
+    model, _ = setup_run.model_and_processor(arguments("--init_from", "mini-short", "--dropout", 0.3))
+    assert model.model.vision_tower.blocks[0].dropout.p == 0.3
+    assert model.config.text_config.hidden_dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    "options", [("--preset", "base"), ("--n_layer", 2), ("--vision_feature_select_strategy", "full")]
+)
+def test_a_whole_checkpoint_of_other_sizes(options):
+    with pytest.raises(InputError, match=r"is no .* as this run asks for it: give its own sizes"):
+        setup_run.model_and_processor(arguments("--init_from", "mini-short", *options))
+
+
+def test_not_a_whole_checkpoint_and_an_encoder():
+    with pytest.raises(InputError, match="init_encoder_from: mini-long but init_from gives a whole model"):
+        arguments("--init_from", "mini-short", "--init_encoder_from", "mini-long")
