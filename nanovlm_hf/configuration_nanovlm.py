@@ -33,12 +33,15 @@ class NanoVLMVisionConfig(PretrainedConfig):
         hidden_act: activation inside a block's MLP.
         hidden_dropout: dropout on the embeddings and on each residual branch.
         attention_dropout: dropout on the attention probabilities (0: PyTorch keeps its fast attention).
+        patch_dropout: share of the patches, others for each image, that the blocks do not see while training: faster,
+            and harder to learn by heart (beyond the paper).
         layer_norm_eps: epsilon of every LayerNorm.
         initializer_range: standard deviation of the first weights; None scales each by its inputs (fan_in ** -0.5),
             without which the picture reaches `[CLS]` too faintly for the decoder to learn to look (beyond the paper).
 
     Raises:
-        ValueError: if the width is no multiple of the heads, or the image no multiple of the patch.
+        ValueError: if the width is no multiple of the heads, the image no multiple of the patch, or `patch_dropout`
+            would leave none.
     """
 
     model_type = "nanovlm_hf_vision"
@@ -56,11 +59,14 @@ class NanoVLMVisionConfig(PretrainedConfig):
         hidden_act: str = "gelu",
         hidden_dropout: float = 0.1,
         attention_dropout: float = 0.0,
+        patch_dropout: float = 0.0,
         layer_norm_eps: float = 1e-5,
         initializer_range: float | None = None,
         **kwargs: Any,
     ):
         _check_heads("vision_config", hidden_size, num_attention_heads)
+        if not 0 <= patch_dropout < 1:
+            raise ValueError(f"vision_config.patch_dropout={patch_dropout} is not from 0 to below 1")
         if image_size % patch_size:
             raise ValueError(f"vision_config.image_size={image_size} is no multiple of patch_size={patch_size}")
         self.hidden_size = hidden_size
@@ -73,6 +79,7 @@ class NanoVLMVisionConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.hidden_dropout = hidden_dropout
         self.attention_dropout = attention_dropout
+        self.patch_dropout = patch_dropout
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
@@ -170,8 +177,8 @@ class NanoVLMConfig(PretrainedConfig):
         tie_word_embeddings: whether the LM head is the token embedding.
 
     Raises:
-        ValueError: for an unknown strategy, for widths that do not fit, and for the config of another project
-            (huggingface/nanoVLM).
+        ValueError: for an unknown strategy, for `patch_dropout` where the decoder sees the patches, for widths that do
+            not fit, and for the config of another project (huggingface/nanoVLM).
     """
 
     model_type = "nanovlm_hf"
@@ -196,6 +203,11 @@ class NanoVLMConfig(PretrainedConfig):
             )
         if not isinstance(vision_config, NanoVLMVisionConfig):
             vision_config = NanoVLMVisionConfig(**(vision_config or {}))
+        if vision_config.patch_dropout and vision_feature_select_strategy != "cls":
+            raise ValueError(
+                f"vision_config.patch_dropout={vision_config.patch_dropout} would leave empty places where "
+                f"vision_feature_select_strategy={vision_feature_select_strategy!r} shows the patches: it goes with cls"
+            )
         self.vision_config = vision_config
         self.vision_feature_select_strategy = vision_feature_select_strategy
         if not isinstance(text_config, NanoVLMTextConfig):

@@ -304,7 +304,10 @@ class NanoVLMVisionModel(NanoVLMPreTrainedModel):
         )
         patches = self.patch_embedding(pixel_values.to(self.cls_token.dtype))
         hidden_states = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
-        hidden_states = self.pre_norm(self.dropout(hidden_states + self.position_embedding))
+        hidden_states = hidden_states + self.position_embedding
+        if self.training and self.config.patch_dropout:
+            hidden_states = _drop_patches(hidden_states, self.config.patch_dropout)
+        hidden_states = self.pre_norm(self.dropout(hidden_states))
 
         all_hidden_states, all_attentions = [hidden_states], []
         for block in self.blocks:
@@ -636,6 +639,16 @@ def _count_positions(attention_mask: torch.Tensor | None, cache_position: torch.
         return cache_position.unsqueeze(0)
     counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return counted[:, -cache_position.shape[0] :]
+
+
+def _drop_patches(hidden_states: torch.Tensor, share: float) -> torch.Tensor:
+    """[CLS] and patches drawn at random, others for each image (PatchDropout, Liu et al. 2022). (B, P + 1, D) in."""
+    batch, length, _ = hidden_states.shape
+    kept = max(1, round((length - 1) * (1 - share)))
+    drawn = torch.rand(batch, length - 1, device=hidden_states.device).argsort(dim=1)[:, :kept] + 1
+    rows = torch.arange(batch, device=hidden_states.device)[:, None] * length
+    places = torch.cat([rows, rows + drawn], dim=1)
+    return hidden_states.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _outputs_asked_for(config: Any, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:

@@ -82,6 +82,15 @@ def test_image_must_be_a_multiple_of_the_patch():
         NanoVLMConfig(vision_config={"image_size": 225})
 
 
+@pytest.mark.parametrize(
+    ("share", "strategy", "problem"),
+    [(1.0, "cls", "is not from 0 to below 1"), (0.5, "full", "would leave empty places")],
+)
+def test_impossible_patch_dropout(share, strategy, problem):
+    with pytest.raises(ValueError, match=problem):
+        NanoVLMConfig(vision_config={"patch_dropout": share}, vision_feature_select_strategy=strategy)
+
+
 def test_round_trip_through_json(tmp_path):
     config = tiny_config("patch", tie_word_embeddings=False)
     config.save_pretrained(tmp_path)

@@ -83,6 +83,13 @@ def test_a_whole_checkpoint_of_other_sizes(options):
         setup_run.model_and_processor(arguments("--init_from", "mini-short", *options))
 
 
+def test_patches_are_hidden_where_the_decoder_sees_cls_alone():
+    config = setup_run.model_config(arguments("--patch_dropout", 0.5), 50)
+    assert config.vision_config.patch_dropout == 0.5
+    with pytest.raises(InputError, match=r"patch_dropout: 0.5 but the decoder sees the patches of full: it goes"):
+        arguments("--patch_dropout", 0.5, "--vision_feature_select_strategy", "full")
+
+
 def test_not_a_whole_checkpoint_and_an_encoder():
     with pytest.raises(InputError, match="init_encoder_from: mini-long but init_from gives a whole model"):
         arguments("--init_from", "mini-short", "--init_encoder_from", "mini-long")

@@ -240,6 +240,25 @@ def test_dropout_is_where_the_paper_has_it(strategy):
     assert {name.split(".")[1] for name in rates} == {"vision_tower", "multi_modal_projector", "language_model"}
 
 
+def test_patch_dropout_hides_patches_while_training_alone():
+    vision = tiny_model().model.vision_tower
+    pixels = torch.randn(16, 3, 32, 32)
+    whole = vision(pixels, output_hidden_states=True).hidden_states[0]
+    vision.config.patch_dropout = 0.5
+    assert torch.equal(vision(pixels, output_hidden_states=True).hidden_states[0], whole)
+    vision.train()
+    seen = vision(pixels, output_hidden_states=True).hidden_states[0]
+    assert seen.shape == (16, 3, 32)
+    assert torch.equal(seen[:, 0], whole[:, 0])
+    same = (seen[:, 1:, None] == whole[:, None, 1:]).all(-1)  # images, patches kept, patches
+    assert (same.sum(-1) == 1).all()
+    kept = same.any(1)
+    assert (kept.sum(-1) == 2).all()
+    assert len({tuple(row) for row in kept.tolist()}) > 1
+    vision.config.patch_dropout = 0.99
+    assert vision(pixels).last_hidden_state.shape == (16, 2, 32)
+
+
 def test_bfloat16_stays_near_float32(tmp_path, model, inputs):
     model.save_pretrained(tmp_path)
     half = NanoVLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()

@@ -54,6 +54,9 @@ class TrainingArguments:
         None, "first weights of the encoder and projector; unset means fan_in ** -0.5"
     )
     dropout: float = _field(0.1, "on embeddings, residual branches and the projector")
+    patch_dropout: float = _field(
+        0.0, "share of the patches that the encoder's blocks do not see while training (beyond the paper; cls alone)"
+    )
     tokenizer: Optional[str] = _field(None, "folder of a tokenizer; unset means the one that the package ships")
     init_from: Optional[str] = _field(None, "checkpoint to begin from instead of random weights")
     init_encoder_from: Optional[str] = _field(
@@ -106,7 +109,7 @@ class TrainingArguments:
             _refuse_unless(getattr(self, name) >= 1, name, getattr(self, name), "is less than 1")
         for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
             _refuse_unless(getattr(self, name) > 0, name, getattr(self, name), "is not above 0")
-        for name in ("dropout", "ema_decay"):
+        for name in ("dropout", "patch_dropout", "ema_decay"):
             _refuse_unless(0 <= getattr(self, name) < 1, name, getattr(self, name), "is not from 0 to below 1")
         for text in self.texts:
             near = _did_you_mean(text, SOURCES)
@@ -123,6 +126,12 @@ class TrainingArguments:
             "init_encoder_from",
             self.init_encoder_from,
             "but init_from gives a whole model: leave one out",
+        )
+        _refuse_unless(
+            not self.patch_dropout or self.vision_feature_select_strategy == "cls",
+            "patch_dropout",
+            self.patch_dropout,
+            f"but the decoder sees the patches of {self.vision_feature_select_strategy}: it goes with cls",
         )
         if self.streaming:
             _refuse_unless(self.max_steps is not None, "max_steps", None, "but a stream has no length: say how many")

@@ -106,6 +106,8 @@ def beyond_the_paper(arguments: dict[str, Any]) -> str:
         did.append("the first weights of the encoder are scaled by fan-in")
     if arguments["augment"]:
         did.append("photos are cropped, mirrored and lit at random")
+    if arguments.get("patch_dropout"):
+        did.append(f"{100 * arguments['patch_dropout']:.0f}% of the patches, others each time, were hidden in training")
     if arguments["visual_words_weight"]:
         did.append("an auxiliary loss without parameters of its own makes the visual token name the captions' words")
     if arguments["ema_decay"]:

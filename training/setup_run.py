@@ -181,7 +181,10 @@ def model_config(arguments: TrainingArguments, vocab_size: int) -> NanoVLMConfig
         dropout=arguments.dropout,
         vocab_size=vocab_size,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
-        vision_config={"initializer_range": arguments.vision_initializer_range},
+        vision_config={
+            "initializer_range": arguments.vision_initializer_range,
+            "patch_dropout": arguments.patch_dropout,
+        },
     )
 
 
