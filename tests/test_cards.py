@@ -113,8 +113,8 @@ def a_report(folder, name="mini-short"):
             "item_id": str(number),
             "model": name,
             "prefix": "A dog",
-            "text": f"A dog says {number}.",
-            "completion": f"says {number}.",
+            "text": f"A dog says | {number}.",
+            "completion": f"says | {number}.",
             "reference": f"A dog sees {number}.",
         }
         for number in range(3)
@@ -128,9 +128,9 @@ def test_an_evaluation_becomes_part_of_the_card(checkpoint, tmp_path):
     subprocess.run(command, check=True)
     text = (checkpoint / "README.md").read_text()
     assert "completions of 3 test photos" in text.replace("\n", " ")
-    assert "| 0 | A dog | says 0. | sees 0. |" in text
+    assert r"| 0 | A dog | says \| 0. | sees 0. |" in text
     first_failure = text.split("| photo | begins | it says | not there | the description |\n")[1].splitlines()[1]
-    assert first_failure == "| 1 | A dog | says 1. | hat, ball, car | sees 1. |"
+    assert first_failure == r"| 1 | A dog | says \| 1. | hat, ball, car | sees 1. |"
 
 
 def test_a_card_without_an_evaluation(checkpoint):

@@ -285,7 +285,7 @@ def test_a_store_remembers_across_openings(tmp_path):
         assert (store.prompt_tokens, store.completion_tokens) == (11, 4)
     with ReplyStore(tmp_path) as store:
         assert len(store) == 2
-        assert [reply["text"] for reply in store.attempts("a")] == ["A.", "A."]
+        assert [store.get(f"a-{attempt}")["text"] for attempt in (1, 2)] == ["A.", "A."]
         assert store.get("a-1")["image_id"] == 3
         assert store.get("b-1") is None
         assert (store.prompt_tokens, store.completion_tokens) == (11, 4), "a batch costs half"

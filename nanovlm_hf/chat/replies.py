@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,13 +117,6 @@ class ReplyStore:
             return None
         self._in.seek(place)
         return json.loads(self._in.readline())
-
-    def attempts(self, fingerprint: str) -> Iterator[dict[str, Any]]:
-        """All replies to one question, in the order of the attempts."""
-        attempt = 1
-        while (reply := self.get(f"{fingerprint}-{attempt}")) is not None:
-            yield reply
-            attempt += 1
 
     def add(self, request: ChatRequest, reply: dict[str, Any]) -> None:
         """Writes a reply to the disk; one that is there already is not written again.
