@@ -1,10 +1,10 @@
-"""Runs that begin from checkpoints: whole, or with the visual side of one alone."""
+"""Runs that begin from checkpoints: whole, or grown."""
 
 import pytest
 import setup_run
 import torch
 from arguments import read_arguments
-from growing import take_encoder
+from growing import grow
 
 from nanovlm_hf import SHIPPED, InputError, NanoVLMConfig, NanoVLMForConditionalGeneration
 
@@ -35,7 +35,7 @@ def test_more_blocks_see_at_first_what_fewer_saw(blocks):
     with torch.no_grad():
         wanted = few.model.vision_tower(pixel_values, cls_only=True).pooler_output
         assert not torch.allclose(more.model.vision_tower(pixel_values, cls_only=True).pooler_output, wanted)
-        take_encoder(more, few)
+        grow(more, few)
         torch.testing.assert_close(more.model.vision_tower(pixel_values, cls_only=True).pooler_output, wanted)
         torch.testing.assert_close(more.model.vision_tower(pixel_values).pooler_output, wanted)
     assert torch.equal(more.model.multi_modal_projector.fc1.weight, few.model.multi_modal_projector.fc1.weight)
@@ -43,29 +43,32 @@ def test_more_blocks_see_at_first_what_fewer_saw(blocks):
 
 def test_the_blocks_that_were_added_learn():
     few, more = a_model(1), a_model(2, seed=1)
-    take_encoder(more, few)
-    assert torch.equal(more.model.multi_modal_projector.fc2.weight, few.model.multi_modal_projector.fc2.weight)
-    more.train()
     ids = torch.tensor([[1, 3, 7, 9]])
-    more(input_ids=ids, pixel_values=torch.randn(1, 3, 224, 224), labels=ids).loss.backward()
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 224, 224), "labels": ids}
+    grow(more, few)
+    torch.testing.assert_close(more(**inputs).logits, few(**inputs).logits)
+    more.train()(**inputs).loss.backward()
     added = more.model.vision_tower.blocks[0]
     assert added.self_attn.out_proj.weight.grad.abs().sum() > 0
     assert added.mlp.fc2.weight.grad.abs().sum() > 0
 
 
-def test_an_encoder_of_more_blocks_or_other_patches():
-    with pytest.raises(InputError, match="its encoder has 2 blocks, this one 1"):
-        take_encoder(a_model(1), a_model(2))
+def test_an_encoder_of_another_width_more_blocks_or_other_patches():
+    with pytest.raises(InputError, match="its encoder's hidden_size is 400, this model's is 512"):
+        setup_run.model_and_processor(arguments("--preset", "base", "--grow_from", "mini-short"))
+    with pytest.raises(InputError, match="its encoder has 2 blocks, this model's 1"):
+        grow(a_model(1), a_model(2))
     with pytest.raises(InputError, match="its encoder's patch_size is 32, this model's is 16"):
-        take_encoder(a_model(1), a_model(1, vision_config={"patch_size": 32}))
+        grow(a_model(1), a_model(1, vision_config={"patch_size": 32}))
 
 
 def test_a_variant_that_sees_every_patch_takes_the_eyes_of_mini():
-    options = ("--init_encoder_from", "mini-short", "--vision_feature_select_strategy", "full")
+    options = ("--grow_from", "mini-short", "--vision_feature_select_strategy", "full")
     model, processor = setup_run.model_and_processor(arguments(*options))
     shipped = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED["mini-short"], dtype=torch.float32)
     for name, value in shipped.model.vision_tower.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[name], value), name
+    assert torch.equal(model.lm_head.weight, shipped.lm_head.weight)
     assert model.config.image_seq_length == processor.image_seq_length == 197
 
 
@@ -79,8 +82,16 @@ def test_a_whole_checkpoint_takes_the_runs_dropout():
     "options", [("--preset", "base"), ("--n_layer", 2), ("--vision_feature_select_strategy", "full")]
 )
 def test_a_whole_checkpoint_of_other_sizes(options):
-    with pytest.raises(InputError, match=r"is no .* as this run asks for it: give its own sizes"):
+    with pytest.raises(InputError, match="is of other sizes than this run's: give those, or see grow_from"):
         setup_run.model_and_processor(arguments("--init_from", "mini-short", *options))
+
+
+def test_a_checkpoint_whose_tokenizer_has_more_words(tmp_path):
+    _, processor = setup_run.model_and_processor(arguments())
+    processor.save_pretrained(tmp_path)
+    a_model(1).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has a model of 50 entries and a tokenizer of 5120"):
+        setup_run.model_and_processor(arguments("--grow_from", tmp_path))
 
 
 def test_patches_are_hidden_where_the_decoder_sees_cls_alone():
@@ -90,6 +101,6 @@ def test_patches_are_hidden_where_the_decoder_sees_cls_alone():
         arguments("--patch_dropout", 0.5, "--vision_feature_select_strategy", "full")
 
 
-def test_not_a_whole_checkpoint_and_an_encoder():
-    with pytest.raises(InputError, match="init_encoder_from: mini-long but init_from gives a whole model"):
-        arguments("--init_from", "mini-short", "--init_encoder_from", "mini-long")
+def test_one_checkpoint_alone():
+    with pytest.raises(InputError, match="grow_from: mini-long but init_from is given as well"):
+        arguments("--init_from", "mini-short", "--grow_from", "mini-long")

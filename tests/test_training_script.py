@@ -277,11 +277,7 @@ def test_missing_config(train, tmp_path):
         ({"tokenizer": "nowhere"}, "tokenizer: there is no tokenizer.json in nowhere"),
         ({"init_from": "nowhere"}, "init_from: there is no checkpoint in nowhere"),
         ({"init_from": "mini-short"}, "tokenizer: "),
-        ({"init_encoder_from": "nowhere"}, "init_encoder_from: there is no checkpoint in nowhere"),
-        (
-            {"preset": "base", "init_encoder_from": "mini-short"},
-            "init_encoder_from: its encoder's hidden_size is 400, this model's is 512",
-        ),
+        ({"grow_from": "nowhere"}, "grow_from: there is no checkpoint in nowhere"),
         (
             {"per_device_train_batch_size": 5000},
             "per_device_train_batch_size: a step takes 5000 photos, the train split",

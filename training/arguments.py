@@ -59,8 +59,8 @@ class TrainingArguments:
     )
     tokenizer: Optional[str] = _field(None, "folder of a tokenizer; unset means the one that the package ships")
     init_from: Optional[str] = _field(None, "checkpoint to begin from instead of random weights")
-    init_encoder_from: Optional[str] = _field(
-        None, "checkpoint of the same encoder, or one of fewer blocks, for the visual side alone to begin from"
+    grow_from: Optional[str] = _field(
+        None, "checkpoint to begin from whose encoder may have fewer blocks, and whose decoder may be another"
     )
 
     visual_words_weight: float = _field(
@@ -122,10 +122,10 @@ class TrainingArguments:
             value = getattr(self, name)
             _refuse_unless(value is None or value >= 1, name, value, "is less than 1")
         _refuse_unless(
-            not (self.init_from and self.init_encoder_from),
-            "init_encoder_from",
-            self.init_encoder_from,
-            "but init_from gives a whole model: leave one out",
+            not (self.init_from and self.grow_from),
+            "grow_from",
+            self.grow_from,
+            "but init_from is given as well: leave one out",
         )
         _refuse_unless(
             not self.patch_dropout or self.vision_feature_select_strategy == "cls",

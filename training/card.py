@@ -116,8 +116,8 @@ def beyond_the_paper(arguments: dict[str, Any]) -> str:
         did.append(f"it also learned to write {' and '.join(arguments['texts'][1:])}")
     if arguments["init_from"]:
         did.append("it began from the weights of another run, which the command names")
-    if arguments.get("init_encoder_from"):
-        did.append("its visual side began from that of another run, which the command names")
+    if arguments.get("grow_from"):
+        did.append("it was grown from the weights of a smaller one, whose run the command names")
     return f"Beyond the paper: {', '.join(did)}." if did else "Nothing in it is beyond the paper."
 
 

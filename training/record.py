@@ -29,7 +29,7 @@ def public_record(run: RunFolder) -> dict[str, Any]:
     record = run.description()
     arguments = dict(record["arguments"])
     before = []
-    for name in ("init_from", "init_encoder_from"):
+    for name in ("init_from", "grow_from"):
         begun = arguments.get(name)
         if begun is None:
             continue

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from arguments import TrainingArguments
 from datasets import Dataset, load_dataset
-from growing import take_encoder
+from growing import grow
 from photo_store import decode_once
 from streaming import StreamedSplit, open_stream, stored_rows
 from texts import TokenizedTexts
@@ -144,26 +144,31 @@ def _texts_of(name: str, variant: str, rows: Dataset, datasets: dict[str, Any], 
 
 
 def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    """The model to train: of the preset, or of a checkpoint.
+    """The model to train: of the preset, or of a checkpoint, or grown from one.
 
     Raises:
         InputError: for a checkpoint or tokenizer that is not there or does not fit, and for impossible sizes.
     """
-    if arguments.init_from is not None:
-        return _from_checkpoint(arguments)
-    folder = arguments.tokenizer or SHIPPED["mini-short"]
-    tokenizer = _tokenizer(folder)
+    folder = _checkpoint(arguments)
+    tokenizer = _tokenizer(arguments.tokenizer or folder or SHIPPED["mini-short"])
+    image_processor = NanoVLMImageProcessor() if folder is None else NanoVLMImageProcessor.from_pretrained(folder)
+    if folder and arguments.tokenizer and tokenizer.get_vocab() != _tokenizer(folder).get_vocab():
+        raise InputError(
+            f"tokenizer: {arguments.tokenizer} is not the one that {folder} was trained with: leave it out"
+        )
     try:
         config = model_config(arguments, len(tokenizer))
         model = NanoVLMForConditionalGeneration(config)
     except ValueError as error:
         raise InputError(f"n_head, head_size, img_embd_dim: {error}") from None
-    if arguments.init_encoder_from is not None:
-        folder = _checkpoint("init_encoder_from", arguments.init_encoder_from)
-        take_encoder(model, NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
+    if folder is not None:
+        begun = NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        _refuse_other_vocabulary(folder, begun.config, len(tokenizer))
+        if arguments.init_from is not None and _sizes(begun.config) != _sizes(config):
+            raise InputError(f"init_from: {folder} is of other sizes than this run's: give those, or see grow_from")
+        grow(model, begun)
     model.generation_config = generation_config(config)
-    processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer, image_seq_length=config.image_seq_length)
-    return model, processor
+    return model, NanoVLMProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
 
 
 def generation_config(config: NanoVLMConfig) -> GenerationConfig:
@@ -201,35 +206,21 @@ def _tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _checkpoint(field: str, name: str) -> str | Path:
-    """The folder of a checkpoint: of one that ships by its short name."""
-    folder = SHIPPED.get(name, name)
-    if not (Path(folder) / "config.json").exists():
-        raise InputError(f"{field}: there is no checkpoint in {folder}")
-    return folder
+def _checkpoint(arguments: TrainingArguments) -> str | Path | None:
+    """The folder of the checkpoint that a run begins from, if from any: of one that ships by its short name."""
+    for field in ("init_from", "grow_from"):
+        name = getattr(arguments, field)
+        if name is not None:
+            folder = SHIPPED.get(name, name)
+            if not (Path(folder) / "config.json").exists():
+                raise InputError(f"{field}: there is no checkpoint in {folder}")
+            return folder
+    return None
 
 
-def _from_checkpoint(
-    arguments: TrainingArguments,
-) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    folder = _checkpoint("init_from", arguments.init_from)
-    found = NanoVLMConfig.from_pretrained(folder)
-    processor = NanoVLMProcessor.from_pretrained(folder)
-    vocab_size = found.text_config.vocab_size
-    if len(processor.tokenizer) != vocab_size:
-        raise InputError(
-            f"init_from: {folder} has a model of {vocab_size} entries and a tokenizer of {len(processor.tokenizer)}"
-        )
-    if arguments.tokenizer and _tokenizer(arguments.tokenizer).get_vocab() != processor.tokenizer.get_vocab():
-        raise InputError(
-            f"tokenizer: {arguments.tokenizer} is not the one that {folder} was trained with: leave it out"
-        )
-    config = model_config(arguments, vocab_size)
-    if _sizes(found) != _sizes(config):
-        raise InputError(f"init_from: {folder} is no {arguments.preset} as this run asks for it: give its own sizes")
-    model = NanoVLMForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
-    model.generation_config = generation_config(config)
-    return model, processor
+def _refuse_other_vocabulary(folder: str | Path, config: NanoVLMConfig, tokens: int) -> None:
+    if config.text_config.vocab_size != tokens:
+        raise InputError(f"{folder} has a model of {config.text_config.vocab_size} entries and a tokenizer of {tokens}")
 
 
 def _sizes(config: NanoVLMConfig) -> tuple[Any, ...]:
