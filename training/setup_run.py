@@ -164,7 +164,7 @@ def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditi
     if folder is not None:
         begun = NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         _refuse_other_vocabulary(folder, begun.config, len(tokenizer))
-        if arguments.init_from is not None and _sizes(begun.config) != _sizes(config):
+        if arguments.init_from is not None and _sizes(begun) != _sizes(model):
             raise InputError(f"init_from: {folder} is of other sizes than this run's: give those, or see grow_from")
         grow(model, begun)
     model.generation_config = generation_config(config)
@@ -223,7 +223,9 @@ def _refuse_other_vocabulary(folder: str | Path, config: NanoVLMConfig, tokens: 
         raise InputError(f"{folder} has a model of {config.text_config.vocab_size} entries and a tokenizer of {tokens}")
 
 
-def _sizes(config: NanoVLMConfig) -> tuple[Any, ...]:
-    towers = (config.vision_config, config.text_config)
-    sizes = [(one.hidden_size, one.num_hidden_layers, one.num_attention_heads) for one in towers]
-    return config.vision_feature_select_strategy, *sizes
+def _sizes(model: NanoVLMForConditionalGeneration) -> tuple[Any, ...]:
+    """All that two models share if one can take every weight of the other and means the same by it."""
+    config = model.config
+    heads = [one.num_attention_heads for one in (config.vision_config, config.text_config)]
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    return config.vision_feature_select_strategy, heads, shapes
