@@ -387,6 +387,7 @@ def test_the_evidence_of_a_run(train, tmp_path, toy):
     assert "--num_train_epochs 0.25 --per_device_train_batch_size 8" in text
     assert str(tmp_path) not in text
     assert ModelCard(text).data.pipeline_tag == "image-text-to-text"
+    assert json.loads((folder.path / "best" / "tokenizer.json").read_text())["padding"] is None
     page = (folder.path / "samples.html").read_text()
     assert page.count("<img ") == 8
     assert page.count("step ") == 8

@@ -81,6 +81,7 @@ class RunFolder:
         """Saves a model and its processor as a folder that `from_pretrained` reads."""
         aside = self.path / f"{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
+        processor.tokenizer.backend_tokenizer.no_padding()  # of its last batch, which it would save
         with self._writing():
             model.save_pretrained(aside)
             processor.save_pretrained(aside)
