@@ -83,13 +83,19 @@ def test_hours_and_grams_add_up():
 
 
 def test_the_command_is_the_config_and_what_differs(checkpoint):
-    arguments = yaml.safe_load((checkpoint / RECORD).read_text())["arguments"]
+    shipped = yaml.safe_load((checkpoint / RECORD).read_text())
+
+    def launch(**fields):
+        commit, line = card.command(shipped | {"arguments": shipped["arguments"] | fields})
+        assert commit == f"# with the code of {shipped['git_commit']}"
+        return line
+
     usual = "accelerate launch training/train.py --config training/configs/mini_short.yaml"
-    assert card.command(arguments | {"num_train_epochs": 7.0, "texts": ["short", "captions"]}).startswith(usual)
-    assert "--num_train_epochs 7.0" in card.command(arguments | {"num_train_epochs": 7.0})
-    assert "--texts short captions" in card.command(arguments | {"texts": ["short", "captions"]})
-    of_its_own = card.command(arguments | {"output_dir": "runs/mine"})
-    assert of_its_own.startswith("accelerate launch training/train.py --dataset data --output_dir runs/mine")
+    assert launch(num_train_epochs=7.0, texts=["short", "captions"]).startswith(usual)
+    assert "--num_train_epochs 7.0" in launch(num_train_epochs=7.0)
+    assert "--texts short captions" in launch(texts=["short", "captions"])
+    own = launch(output_dir="runs/mine")
+    assert own.startswith("accelerate launch training/train.py --dataset data --output_dir runs/mine")
 
 
 def a_report(folder, name="mini-short"):

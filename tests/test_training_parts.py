@@ -18,7 +18,7 @@ from conftest import picture, tiny_model, tiny_processor
 from export import export
 from objective import CompletionObjective
 from PIL import Image
-from run_folder import RunFolder, parameter_groups
+from run_folder import RunFolder
 from runs import CONFIG, ROOT
 from test_photos import png_header
 from texts import TokenizedTexts
@@ -312,18 +312,6 @@ def test_the_gap_is_zero_for_a_model_that_cannot_look(texts):
     features = seeing.encode(pixels.normalise(torch.from_numpy(photos), image_processor))
     losses = seeing.token_losses(features, **batch)
     assert measured["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-
-
-def test_weight_decay_is_on_matrices_alone():
-    model = tiny_model()
-    decayed, others = parameter_groups(model, 0.1)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
-    assert {"model.vision_tower.cls_token", "model.vision_tower.position_embedding"} <= {
-        names[id(p)] for p in others["params"]
-    }
 
 
 def test_train_samples_are_the_lowest_hashes(tmp_path, toy):

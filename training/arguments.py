@@ -80,8 +80,11 @@ class TrainingArguments:
     )
     per_device_train_batch_size: int = _field(32, "photos a process takes in a forward pass")
     gradient_accumulation_steps: int = _field(1, "forward passes an optimizer step")
-    learning_rate: float = _field(1e-3, "highest learning rate")
-    weight_decay: float = _field(0.1, "AdamW's, on matrices alone")
+    learning_rate: float = _field(1e-3, "highest learning rate, of AdamW")
+    muon_learning_rate: float = _field(
+        0.0, "Muon's, for the matrices between embedding and head (beyond the paper); 0 leaves all to AdamW"
+    )
+    weight_decay: float = _field(0.1, "on matrices alone")
     warmup_steps: int = _field(200, "steps of linear warm-up before the cosine")
     max_grad_norm: float = _field(1.0, "gradients are clipped to this norm")
     mixed_precision: Literal["no", "bf16"] = _field("bf16", "autocast")
@@ -109,7 +112,7 @@ class TrainingArguments:
             _refuse_unless(getattr(self, name) >= 1, name, getattr(self, name), "is less than 1")
         for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
             _refuse_unless(getattr(self, name) > 0, name, getattr(self, name), "is not above 0")
-        for name in ("dropout", "patch_dropout", "ema_decay"):
+        for name in ("dropout", "patch_dropout", "ema_decay", "muon_learning_rate"):
             _refuse_unless(0 <= getattr(self, name) < 1, name, getattr(self, name), "is not from 0 to below 1")
         for text in self.texts:
             near = _did_you_mean(text, SOURCES)

@@ -110,6 +110,8 @@ def beyond_the_paper(arguments: dict[str, Any]) -> str:
         did.append(f"{100 * arguments['patch_dropout']:.0f}% of the patches, others each time, were hidden in training")
     if arguments["visual_words_weight"]:
         did.append("an auxiliary loss without parameters of its own makes the visual token name the captions' words")
+    if arguments.get("muon_learning_rate"):
+        did.append("Muon instead of AdamW changes the matrices between embedding and head")
     if arguments["ema_decay"]:
         did.append("the weights are a moving average")
     if len(arguments["texts"]) > 1:
@@ -124,12 +126,17 @@ def beyond_the_paper(arguments: dict[str, Any]) -> str:
 def _commands(record: dict[str, Any]) -> list[str]:
     """How to run the run again, and the runs before it."""
     before = [line for one in record["before"] for line in _commands(one)]
+    return [*before, *command(record)]
+
+
+def command(record: dict[str, Any]) -> list[str]:
+    """How to run a run again: the commit of its code, in which its YAML file may have said something else, and the line
+    to type: that file, where there is one, and what was given anew."""
     commit = [f"# with the code of {record['git_commit']}"] if record["git_commit"] else []
-    return [*before, *commit, command(record["arguments"])]
+    return [*commit, _launch(record["arguments"])]
 
 
-def command(arguments: dict[str, Any]) -> str:
-    """How to run a run again: its YAML file, where there is one, and what was given anew on the command line."""
+def _launch(arguments: dict[str, Any]) -> str:
     name = Path(arguments["output_dir"]).name
     text = "accelerate launch training/train.py"
     if (CONFIGS / f"{name}.yaml").exists():

@@ -58,7 +58,7 @@ def table(folders: list[Path]) -> str:
 
 def commands(folders: list[Path]) -> str:
     """How to run each of them again."""
-    return "".join(f"{command(record_of(folder)['arguments'])}\n" for folder in folders)
+    return "".join(f"{line}\n" for folder in folders for line in command(record_of(folder)))
 
 
 def keep(run: Path) -> Path:

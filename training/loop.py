@@ -23,9 +23,10 @@ from evaluation import evaluate
 from evidence import Meter, count_flops, describe_run, known_words, write_samples, write_strip
 from memory import keep_freed_memory
 from objective import CompletionObjective
+from optimizers import optimizers_of
 from pixels import to_pixel_values
 from record import describe_checkpoint
-from run_folder import RunFolder, parameter_groups
+from run_folder import RunFolder
 from setup_run import load_splits, model_and_processor
 from streaming import StreamedBatches, StreamedSplit
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -121,23 +122,20 @@ class _Run:
         self.whole = copy.deepcopy(objective) if self.sharded else None
         if arguments.ema_decay and self.sharded:
             raise InputError("ema_decay: sharded weights have no average here: use ddp.yaml, or leave it out")
+        if arguments.muon_learning_rate and self.sharded:
+            raise InputError("muon_learning_rate: Muon needs whole matrices: use ddp.yaml, or leave it out")
         if arguments.ema_decay:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
             accelerator.register_for_checkpointing(self.average)
         if arguments.compile:
             self.model.model.vision_tower.compile()
             self.model.model.language_model.compile(dynamic=True)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, arguments.weight_decay),
-            lr=arguments.learning_rate,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
-        # Accelerate steps the schedule once a process; the whole run is counted in its steps.
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, arguments.warmup_steps * accelerator.num_processes, self.steps * accelerator.num_processes
-        )
-        self.objective, self.optimizer, self.schedule = accelerator.prepare(objective, optimizer, schedule)
+        optimizers = optimizers_of(self.model, arguments)
+        # Accelerate steps a schedule once a process; the whole run is counted in its steps.
+        warmup, steps = arguments.warmup_steps * accelerator.num_processes, self.steps * accelerator.num_processes
+        schedules = [get_cosine_schedule_with_warmup(optimizer, warmup, steps) for optimizer in optimizers]
+        self.objective, *prepared = accelerator.prepare(objective, *optimizers, *schedules)
+        self.optimizers, self.schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
 
     def _resume(self) -> None:
         arguments, accelerator = self.arguments, self.accelerator
@@ -254,9 +252,9 @@ class _Run:
         else:
             loss, tokens, stop = self._gradients(batches)
         grad_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.arguments.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
+        for stepped in (*self.optimizers, *self.schedules):
+            stepped.step()
+        self.objective.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.meter.add(loss, tokens, self.photos_per_step)
@@ -306,7 +304,7 @@ class _Run:
         row = {
             "step": step,
             "epoch": self.batches.epoch(step),
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": self.schedules[0].get_last_lr()[0],
             "grad_norm": float(grad_norm),
             **self.meter.read(self.flops_per_image),
         }

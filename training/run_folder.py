@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 
@@ -154,17 +153,6 @@ def photos_per_step(record: dict[str, Any]) -> int:
     """Photos that an optimizer step of a run took, by its record."""
     arguments = record["arguments"]
     return arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * record["processes"]
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weight decay on matrices, none on biases, norms, positions and [CLS]."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim in (2, 4)]
-    others = [parameter for parameter in parameters if parameter.ndim not in (2, 4)]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
 
 
 def _replace(new: Path, old: Path) -> None:
