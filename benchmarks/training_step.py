@@ -1,10 +1,10 @@
 """How fast is a training step of this project, data path included, against a plain PyTorch loop of the same model?
 
-`python benchmarks/training_step.py --preset mini` prints images/s of five loops, taken in turns in one process: the
-project's (uint8 photos augmented and normalised for every batch, its objective, its optimizer settings), the same with
-half of the patches hidden, the same model's step on one fixed batch in memory, a hand-written PyTorch model of the same
-shapes on that batch, and that model as a tutorial would train it. The process keeps the memory that it frees, as the
-training script does, which helps each of them.
+`python benchmarks/training_step.py --preset mini` prints images/s of six loops, taken in turns in one process: the
+project's (uint8 photos augmented and normalised for every batch, its objective, AdamW as in the others), the same with
+Muon, the same with half of the patches hidden, the same model's step on one fixed batch in memory, a hand-written
+PyTorch model of the same shapes on that batch, and that model as a tutorial would train it. The process keeps the
+memory that it frees, as the training script does, which helps each of them.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from timing import median_seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
+from arguments import TrainingArguments
 from batches import TrainingBatches
 from loop import to_device
 from memory import keep_freed_memory
 from objective import CompletionObjective
-from run_folder import parameter_groups
+from optimizers import optimizers_of
 from texts import TokenizedTexts
 from transformers import AutoTokenizer
 
@@ -35,16 +36,21 @@ from nanovlm_hf.checkpoints import SHIPPED
 DESCRIPTION = "A brown dog runs over the green grass with a red ball. He looks so happy. I want to play with him too."
 
 
-def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+def optimizer_step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
 
 
-def project_loop(config: NanoVLMConfig, batches: TrainingBatches, fixed: bool) -> Callable[[int], None]:
-    objective = CompletionObjective(NanoVLMForConditionalGeneration(config)).train()
-    optimizer = torch.optim.AdamW(parameter_groups(objective, 0.1), lr=1e-3, fused=True)
+def project_loop(
+    config: NanoVLMConfig, batches: TrainingBatches, fixed: bool = False, muon_learning_rate: float = 0.0
+) -> Callable[[int], None]:
+    model = NanoVLMForConditionalGeneration(config)
+    objective = CompletionObjective(model).train()
+    fields = TrainingArguments(dataset="data", output_dir="runs", muon_learning_rate=muon_learning_rate)
+    optimizers = optimizers_of(model, fields)
     image_processor = NanoVLMImageProcessor()
     in_memory = to_device(batches[0], image_processor, torch.device("cpu"))
 
@@ -53,7 +59,7 @@ def project_loop(config: NanoVLMConfig, batches: TrainingBatches, fixed: bool) -
         with torch.autocast("cpu", torch.bfloat16):
             text_loss, words_loss = objective(batch["pixel_values"], batch["texts"], batch["word_targets"])
         loss = text_loss / batch["tokens"] + 0.5 * words_loss / len(batch["pixel_values"])
-        optimizer_step(objective, optimizer, loss)
+        optimizer_step(objective, optimizers, loss)
 
     return step
 
@@ -77,7 +83,7 @@ def plain_loop(config: NanoVLMConfig, batches: TrainingBatches) -> Callable[[int
     def step(number: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(batch["pixel_values"], text["input_ids"], labels)
-        optimizer_step(model, optimizer, loss)
+        optimizer_step(model, [optimizer], loss)
 
     return step
 
@@ -103,7 +109,7 @@ def tutorial_loop(config: NanoVLMConfig, batches: TrainingBatches, batch_size: i
 
     def step(number: int) -> None:
         pixel_values = torch.stack([photo(content) for content in files])
-        optimizer_step(model, optimizer, model(pixel_values, text["input_ids"], labels))
+        optimizer_step(model, [optimizer], model(pixel_values, text["input_ids"], labels))
 
     return step
 
@@ -136,8 +142,9 @@ def main() -> None:
         augment=True,
     )
     loops = {
-        "project, data path included": project_loop(config, batches, fixed=False),
-        "project, patch_dropout 0.5": project_loop(half, batches, fixed=False),
+        "project, data path included": project_loop(config, batches),
+        "project, Muon": project_loop(config, batches, muon_learning_rate=3e-3),
+        "project, patch_dropout 0.5": project_loop(half, batches),
         "project, one batch in memory": project_loop(config, batches, fixed=True),
         "plain PyTorch, one batch in memory": plain_loop(config, batches),
         "tutorial: looped heads, float32, JPEGs": tutorial_loop(config, batches, arguments.batch_size),
