@@ -87,13 +87,16 @@ def test_the_command_is_the_config_and_what_differs(checkpoint):
 
     def launch(**fields):
         commit, line = card.command(shipped | {"arguments": shipped["arguments"] | fields})
-        assert commit == f"# with the code of {shipped['git_commit']}"
+        assert commit == f"# made with the code of {shipped['git_commit']}"
         return line
 
     usual = "accelerate launch training/train.py --config training/configs/mini_short.yaml"
     assert launch(num_train_epochs=7.0, texts=["short", "captions"]).startswith(usual)
     assert "--num_train_epochs 7.0" in launch(num_train_epochs=7.0)
     assert "--texts short captions" in launch(texts=["short", "captions"])
+    assert "muon_learning_rate" not in shipped["arguments"]  # the field is younger
+    assert "--muon_learning_rate 0.0" in launch()
+    assert "muon_learning_rate" not in launch(muon_learning_rate=3e-3)
     own = launch(output_dir="runs/mine")
     assert own.startswith("accelerate launch training/train.py --dataset data --output_dir runs/mine")
 

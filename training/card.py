@@ -130,23 +130,23 @@ def _commands(record: dict[str, Any]) -> list[str]:
 
 
 def command(record: dict[str, Any]) -> list[str]:
-    """How to run a run again: the commit of its code, in which its YAML file may have said something else, and the line
-    to type: that file, where there is one, and what was given anew."""
-    commit = [f"# with the code of {record['git_commit']}"] if record["git_commit"] else []
+    """How to run a run again with the code of today: its YAML file, where there is one, and what was given anew. A
+    field that is younger than the run has the value that leaves it out. Before it, the commit of the run's own code."""
+    commit = [f"# made with the code of {record['git_commit']}"] if record["git_commit"] else []
     return [*commit, _launch(record["arguments"])]
 
 
 def _launch(arguments: dict[str, Any]) -> str:
     name = Path(arguments["output_dir"]).name
     text = "accelerate launch training/train.py"
+    defaults = vars(TrainingArguments(dataset="data", output_dir=arguments["output_dir"], variant=arguments["variant"]))
     if (CONFIGS / f"{name}.yaml").exists():
         usual = vars(read_arguments(["--config", str(CONFIGS / f"{name}.yaml")]))
         text += f" --config training/configs/{name}.yaml"
     else:
-        usual = vars(
-            TrainingArguments(dataset="data", output_dir=arguments["output_dir"], variant=arguments["variant"])
-        )
+        usual = defaults
         text += f" --dataset data --output_dir {arguments['output_dir']}"
+    arguments = defaults | arguments
     for field, value in arguments.items():
         if field in ("dataset", "output_dir", "tokenizer", "trackers") or value == usual[field]:
             continue
