@@ -58,7 +58,7 @@ def test_a_streamed_run_learns_and_goes_on_where_it_was(train, tmp_path, toy):
     """Two windows of steps and a second pass over the photos; from a state within the second window."""
     options = ("--streaming", "true", "--texts", "short", "captions", "--per_device_train_batch_size", 6)
     options += ("--max_steps", 28, "--save_steps", 11, "--save_total_limit", 9, "--eval_steps", 14)
-    options += ("--augment", "true", "--logging_steps", 2)
+    options += ("--augment", "true", "--logging_steps", 2, "--warmup_steps", 10)
     whole, other = tmp_path / "whole", tmp_path / "other"
     assert train("--config", CONFIG, *toy_options(toy, whole), *options)[0] == 0
     rows = [row for row in metrics(whole) if "train_loss" in row]
