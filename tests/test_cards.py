@@ -84,6 +84,7 @@ def test_hours_and_grams_add_up():
 
 def test_the_command_is_the_config_and_what_differs(checkpoint):
     shipped = yaml.safe_load((checkpoint / RECORD).read_text())
+    shipped["arguments"].pop("muon_learning_rate", None)  # as in the record of a run that is older than the field
 
     def launch(**fields):
         commit, line = card.command(shipped | {"arguments": shipped["arguments"] | fields})
@@ -94,7 +95,6 @@ def test_the_command_is_the_config_and_what_differs(checkpoint):
     assert launch(num_train_epochs=7.0, texts=["short", "captions"]).startswith(usual)
     assert "--num_train_epochs 7.0" in launch(num_train_epochs=7.0)
     assert "--texts short captions" in launch(texts=["short", "captions"])
-    assert "muon_learning_rate" not in shipped["arguments"]  # the field is younger
     assert "--muon_learning_rate 0.0" in launch()
     assert "muon_learning_rate" not in launch(muon_learning_rate=3e-3)
     own = launch(output_dir="runs/mine")
