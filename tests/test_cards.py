@@ -15,7 +15,7 @@ from runs import ROOT
 
 from nanovlm_hf import SHIPPED, InputError
 
-RUNS = [*sorted(path for path in compare.EXPERIMENTS.iterdir() if path.is_dir()), *SHIPPED.values()]
+RUNS = [*sorted(path.parent for path in (ROOT / "training" / "experiments").rglob(RECORD)), *SHIPPED.values()]
 ROWS = [
     {"step": 10, "train_loss": 3.0, "epoch": 0.5, "images_per_second": 40.0},
     {"step": 20, "train_loss": 2.0, "epoch": 1.0, "images_per_second": 80.0},
@@ -170,14 +170,13 @@ def test_a_report_of_another_model(checkpoint, tmp_path):
         card.add_evaluation(checkpoint, a_report(tmp_path / "report", name="other"))
 
 
-def test_runs_are_kept_and_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "EXPERIMENTS", tmp_path / "kept")
-    folder = compare.keep(a_run(tmp_path / "try").path)
+def test_runs_are_kept_and_compared(tmp_path):
+    folder = compare.keep(a_run(tmp_path / "try").path, tmp_path / "kept")
     assert {path.name for path in folder.iterdir()} == {RECORD, "metrics.jsonl"}
     assert compare.row(folder) == compare.row(tmp_path / "try")
     assert compare.table([folder]).splitlines()[2] == ("| `try` | 960 | 0.0 | 2.500 | 2.750 | 0.250 ± 0.010 | 2.000 |")
     with pytest.raises(InputError, match="this is no run"):
-        compare.keep(tmp_path)
+        compare.keep(tmp_path, tmp_path / "kept")
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)

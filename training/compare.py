@@ -1,6 +1,6 @@
 """Runs side by side, as a Markdown table: `python training/compare.py FOLDER...`, run folders or checkpoints.
 
-`python training/compare.py --keep runs/NAME` copies what the table needs of a run to `training/experiments/NAME`.
+`--keep training/experiments` copies what the table needs of each run to a folder of its name there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from run_folder import RECORD, RunFolder
 from nanovlm_hf import InputError
 from nanovlm_hf.files import written_whole
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
 HEADER = ["run", "photos seen", "hours", "validation loss", "wrong photo", "grounding gap", "training loss"]
 
 
@@ -61,10 +60,10 @@ def commands(folders: list[Path]) -> str:
     return "".join(f"{line}\n" for folder in folders for line in command(record_of(folder)))
 
 
-def keep(run: Path) -> Path:
+def keep(run: Path, experiments: Path) -> Path:
     """Copies a run's record, without its machine's folders, and its metrics; not its models."""
     record = record_of(run)
-    kept = EXPERIMENTS / run.name
+    kept = experiments / run.name
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / "metrics.jsonl", kept / "metrics.jsonl")
     with written_whole(kept / RECORD) as file:
@@ -75,10 +74,12 @@ def keep(run: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare runs.")
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--keep", action="store_true", help="copy them to training/experiments first")
+    parser.add_argument("--keep", type=Path, metavar="EXPERIMENTS", help="copy them to this folder first")
     arguments = parser.parse_args()
     with one_line_errors("compare.py"):
-        folders = [keep(folder) for folder in arguments.folders] if arguments.keep else arguments.folders
+        folders = arguments.folders
+        if arguments.keep:
+            folders = [keep(folder, arguments.keep) for folder in folders]
         print(f"{table(folders)}\n```bash\n{commands(folders)}```")
 
 

@@ -115,7 +115,8 @@ def launch(port: int | None = None) -> None:
     """
     # Gradio's own fonts come from a server of Google's.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page().launch(server_port=port, theme=theme, max_file_size="20mb", footer_links=[])
+    wrap = ".table-wrap th { white-space: normal }"  # or the examples are wider than a phone
+    page().launch(server_port=port, theme=theme, css=wrap, max_file_size="20mb", footer_links=[])
 
 
 if __name__ == "__main__":
