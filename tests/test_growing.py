@@ -70,6 +70,10 @@ def test_a_variant_that_sees_every_patch_takes_the_eyes_of_mini():
         assert torch.equal(model.model.vision_tower.state_dict()[name], value), name
     assert torch.equal(model.lm_head.weight, shipped.lm_head.weight)
     assert model.config.image_seq_length == processor.image_seq_length == 197
+    own, others = (one.model.language_model.position_embedding.weight for one in (model, shipped))
+    assert torch.equal(own[:2], others[:2])  # <bos> and [CLS]
+    assert torch.equal(own[198:], others[2:])  # the words
+    assert not torch.equal(own[2:198], others[:196])
 
 
 def test_a_whole_checkpoint_takes_the_runs_dropout():

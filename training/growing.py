@@ -13,6 +13,7 @@ from nanovlm_hf.modeling_nanovlm import NanoVLMVisionModel
 def grow(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> None:
     """Gives a model the encoder of another, and each weight of its projector and decoder that has the same shape.
 
+    Where the decoders have one width, the words keep their learned positions behind more or fewer visual tokens.
     Blocks that the other lacks come before the last one, through which [CLS] alone passes on; they add nothing to
     their input until they have learned to (as in progressive stacking, Gong et al. 2019, and Net2Net, Chen et al.
     2015), so that the encoder's output is at first the other's.
@@ -24,6 +25,17 @@ def grow(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGen
     own, others = model.state_dict(), other.state_dict()
     same = {name: value for name, value in others.items() if name in own and value.shape == own[name].shape}
     model.load_state_dict({name: value for name, value in same.items() if "vision_tower" not in name}, strict=False)
+    _grow_positions(model, other)
+
+
+def _grow_positions(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> None:
+    own, others = (one.model.language_model.position_embedding.weight for one in (model, other))
+    if own.shape[1] != others.shape[1]:
+        return
+    after_own, after_others = (1 + one.config.image_seq_length for one in (model, other))  # <bos>, visual tokens, words
+    first, words = min(after_own, after_others), min(len(own) - after_own, len(others) - after_others)
+    own[:first] = others[:first]
+    own[after_own : after_own + words] = others[after_others : after_others + words]
 
 
 def _grow_encoder(own: NanoVLMVisionModel, other: NanoVLMVisionModel) -> None:
