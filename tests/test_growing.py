@@ -1,10 +1,14 @@
 """Runs that begin from checkpoints: whole, or grown."""
 
+from pathlib import Path
+
 import pytest
 import setup_run
 import torch
 from arguments import read_arguments
 from growing import grow
+from matplotlib import get_data_path
+from PIL import Image
 
 from nanovlm_hf import SHIPPED, InputError, NanoVLMConfig, NanoVLMForConditionalGeneration
 
@@ -53,6 +57,17 @@ def test_the_blocks_that_were_added_learn():
     assert added.mlp.fc2.weight.grad.abs().sum() > 0
 
 
+def test_large_sees_at_first_nearly_what_base_saw():
+    large, processor = setup_run.model_and_processor(arguments("--preset", "large", "--grow_from", "base-short"))
+    base = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED["base-short"], dtype=torch.float32)
+    with Image.open(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg") as photo:
+        pixel_values = processor(images=photo, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        seen, wanted = (one.eval().model.vision_tower(pixel_values).pooler_output for one in (large, base))
+    assert large.config.vision_config.num_attention_heads == 2 * base.config.vision_config.num_attention_heads
+    assert torch.cosine_similarity(seen, wanted).item() > 0.99
+
+
 def test_an_encoder_of_another_width_more_blocks_or_other_patches():
     with pytest.raises(InputError, match="its encoder's hidden_size is 400, this model's is 512"):
         setup_run.model_and_processor(arguments("--preset", "base", "--grow_from", "mini-short"))
@@ -71,9 +86,8 @@ def test_a_variant_that_sees_every_patch_takes_the_eyes_of_mini():
     assert torch.equal(model.lm_head.weight, shipped.lm_head.weight)
     assert model.config.image_seq_length == processor.image_seq_length == 197
     own, others = (one.model.language_model.position_embedding.weight for one in (model, shipped))
-    assert torch.equal(own[:2], others[:2])  # <bos> and [CLS]
-    assert torch.equal(own[198:], others[2:])  # the words
-    assert not torch.equal(own[2:198], others[:196])
+    assert torch.equal(own[0], others[0])  # [CLS]
+    assert torch.equal(own[197:], others[1:])  # the words
 
 
 def test_a_whole_checkpoint_takes_the_runs_dropout():

@@ -16,7 +16,8 @@ def grow(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGen
     Where the decoders have one width, the words keep their learned positions behind more or fewer visual tokens.
     Blocks that the other lacks come before the last one, through which [CLS] alone passes on; they add nothing to
     their input until they have learned to (as in progressive stacking, Gong et al. 2019, and Net2Net, Chen et al.
-    2015), so that the encoder's output is at first the other's.
+    2015), so that the encoder's output is at first the other's. Where it has more heads each of the other's is split,
+    which changes little: base-short writes as well with 16 heads in its encoder as with its 8.
 
     Raises:
         InputError: if the other's encoder is wider or narrower, cuts pictures otherwise, or has more blocks.
@@ -32,14 +33,14 @@ def _grow_positions(model: NanoVLMForConditionalGeneration, other: NanoVLMForCon
     own, others = (one.model.language_model.position_embedding.weight for one in (model, other))
     if own.shape[1] != others.shape[1]:
         return
-    after_own, after_others = (1 + one.config.image_seq_length for one in (model, other))  # <bos>, visual tokens, words
-    first, words = min(after_own, after_others), min(len(own) - after_own, len(others) - after_others)
-    own[:first] = others[:first]
-    own[after_own : after_own + words] = others[after_others : after_others + words]
+    seen, others_seen = (one.config.image_seq_length for one in (model, other))
+    shared, words = min(seen, others_seen), min(len(own) - seen, len(others) - others_seen)
+    own[:shared] = others[:shared]
+    own[seen : seen + words] = others[others_seen : others_seen + words]
 
 
 def _grow_encoder(own: NanoVLMVisionModel, other: NanoVLMVisionModel) -> None:
-    for name in ("hidden_size", "num_attention_heads", "intermediate_size", "image_size", "patch_size"):
+    for name in ("hidden_size", "intermediate_size", "image_size", "patch_size"):
         wanted, found = getattr(own.config, name), getattr(other.config, name)
         if wanted != found:
             raise InputError(f"grow_from: its encoder's {name} is {found}, this model's is {wanted}")
