@@ -60,7 +60,7 @@ class TrainingArguments:
     tokenizer: Optional[str] = _field(None, "folder of a tokenizer; unset means the one that the package ships")
     init_from: Optional[str] = _field(None, "checkpoint to begin from instead of random weights")
     grow_from: Optional[str] = _field(
-        None, "checkpoint to begin from whose encoder may have fewer blocks, and whose decoder may be another"
+        None, "checkpoint to begin from whose encoder may have fewer blocks and heads, and whose decoder may be another"
     )
 
     visual_words_weight: float = _field(
