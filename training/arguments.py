@@ -28,7 +28,7 @@ def _field(default: Any, help: str) -> Any:
 # `Optional` and `Literal` rather than `|`: HfArgumentParser reads these annotations.
 @dataclass
 class TrainingArguments:
-    """One run. What the paper fixes is fixed in the paper's configs: lr 1e-3, dropout 0.1, 224 x 224 (section 2.3)."""
+    """One run. The defaults are the paper's where it tells them: lr 1e-3, dropout 0.1, 224 x 224 (section 2.3)."""
 
     dataset: str = field(metadata={"help": "folder or Hub id of a dataset that `nanovlm data build` wrote"})
     output_dir: str = field(metadata={"help": "folder of this run"})

@@ -30,6 +30,7 @@ from nanovlm_hf.files import written_whole
 from nanovlm_hf.publish import eval_results
 
 CONFIGS = Path(__file__).parent / "configs"
+PAPERS_LEARNING_RATE = 1e-3  # section 2.3
 EXAMPLES, FAILURES = 4, 4  # rows of a card
 WATTS_OF_A_CORE = 10  # of a server's processor, with its share of the memory
 GRAMS_OF_CO2_A_KWH = 480  # the world's mean in 2023 (Ember, Global Electricity Review 2024)
@@ -90,7 +91,7 @@ def card(folder: Path) -> str:
         precision="bf16 autocast" if arguments["mixed_precision"] == "bf16" else "float32",
         device=record["device"],
         command="\n".join(_commands(record)),
-        compute=_told(taken),
+        compute=_told(taken, others=bool(record["before"])),
         validation_photos=f"{photos['validation']['photos']:,}",
         metrics=read_json(folder / "metrics.json"),
         evaluation=evaluation,
@@ -102,6 +103,8 @@ def card(folder: Path) -> str:
 def beyond_the_paper(arguments: dict[str, Any]) -> str:
     """What a run does that the paper does not tell of, in a sentence."""
     did = []
+    if arguments["learning_rate"] != PAPERS_LEARNING_RATE:
+        did.append(f"the learning rate is {arguments['learning_rate']:g} instead of {PAPERS_LEARNING_RATE:g}")
     if arguments["vision_initializer_range"] is None:
         did.append("the first weights of the encoder are scaled by fan-in")
     if arguments["augment"]:
@@ -173,9 +176,10 @@ def _watts(device: str) -> int | None:
     return gpu and gpu.watts
 
 
-def _told(taken: dict[str, Any]) -> str:
-    text = f"Its steps, with those of the runs before it, took {taken['hours']:.1f} hours of {taken['device']} for "
-    text += f"{taken['photos']:,} photos, counted each time that one was seen."
+def _told(taken: dict[str, Any], others: bool) -> str:
+    steps = "Its steps, with those of the runs before it," if others else "Its steps"
+    text = f"{steps} took {taken['hours']:.1f} hours of {taken['device']} for {taken['photos']:,} photos, counted each "
+    text += "time that one was seen."
     if taken["grams"] is not None:
         text += (
             f" Nobody measured the power: at {taken['watts']} W and the world's mean of {GRAMS_OF_CO2_A_KWH} g of CO2 "

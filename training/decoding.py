@@ -1,4 +1,4 @@
-"""What each way of decoding does to texts: `python training/decoding.py MODEL --dataset data`.
+"""What each way of decoding does to texts: `python training/decoding.py mini-short --dataset data`, or a folder.
 
 Prints, for validation photos, the share of texts in which three words in a row come again, the mean number of words,
 the share of texts that end, and of the things that they name how many people named too (precision) and how many of
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-import torch
+from messages import one_line_errors
 
-from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
+from nanovlm_hf.completion import load_model
 from nanovlm_hf.data.splits import lowest_hashes
 from nanovlm_hf.evaluation.coherence import repeats
 from nanovlm_hf.evaluation.items import load_rows, open_image
@@ -38,9 +38,9 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=256)
     arguments = parser.parse_args()
 
-    model = NanoVLMForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    processor = NanoVLMProcessor.from_pretrained(arguments.model)
-    rows = load_rows(arguments.dataset, arguments.variant, "validation")
+    with one_line_errors("decoding.py"):
+        model, processor = load_model(arguments.model)
+        rows = load_rows(arguments.dataset, arguments.variant, "validation")
     rows = rows.select(lowest_hashes(rows["image_id"], arguments.photos))
     images, captions = [open_image(row) for row in rows], list(rows["captions"])
     print(f"{'decoding':<34} {'repeats':>8} {'words':>6} {'ends':>6} {'precision':>10} {'recall':>7}")
@@ -58,7 +58,7 @@ def main() -> None:
     for name, settings in WAYS.items():
         texts, ended = [], 0
         for start in range(0, len(images), BATCH_SIZE):
-            inputs = processor(images=images[start : start + BATCH_SIZE], return_tensors="pt")
+            inputs = processor(images=images[start : start + BATCH_SIZE], return_tensors="pt").to(model.device)
             plain = {"do_sample": False, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "max_new_tokens": 128}
             tokens = model.generate(**inputs, **(plain | settings))
             texts += processor.batch_decode(tokens, skip_special_tokens=True)
