@@ -99,6 +99,10 @@ def test_the_command_is_the_config_and_what_differs(checkpoint):
     assert "muon_learning_rate" not in launch(muon_learning_rate=3e-3)
     own = launch(output_dir="runs/mine")
     assert own.startswith("accelerate launch training/train.py --dataset data --output_dir runs/mine")
+    assert "--variant" not in own
+    long = launch(output_dir="runs/mine", variant="long", texts=["long"])
+    assert "--variant long" in long
+    assert "--texts" not in long
 
 
 def a_report(folder, name="mini-short"):

@@ -147,7 +147,7 @@ def _launch(arguments: dict[str, Any]) -> str:
         usual = vars(read_arguments(["--config", str(CONFIGS / f"{name}.yaml")]))
         text += f" --config training/configs/{name}.yaml"
     else:
-        usual = defaults
+        usual = defaults | {"variant": TrainingArguments.variant}
         text += f" --dataset data --output_dir {arguments['output_dir']}"
     arguments = defaults | arguments
     for field, value in arguments.items():

@@ -29,7 +29,7 @@ from nanovlm_hf.configuration_nanovlm import PRESETS
 from nanovlm_hf.data.splits import lowest_hashes
 from nanovlm_hf.errors import first_line
 
-# Of ways of decoding on validation photos (training/decoding.py, EXPERIMENTS.md) the one that ends loops at no cost.
+# Of ways of decoding on validation photos (training/decoding.py, EXPERIMENTS.md) it ends the loops at the least cost.
 GENERATION = {"max_new_tokens": 96, "do_sample": False, "repetition_penalty": 1.2}
 PAPERS_NAMES = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
 
