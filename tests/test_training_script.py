@@ -14,6 +14,7 @@ import pytest
 import setup_run
 import torch
 import with_trainer
+import yaml
 from export import export
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -321,6 +322,7 @@ def test_another_runs_folder_is_not_overwritten_unless_that_is_wanted(train, tmp
 
 def test_a_resumed_run_is_the_same_run(train, tmp_path, toy):
     options = ("--config", CONFIG, *toy_options(toy, tmp_path / "run"), "--num_train_epochs", 0.25, "--save_steps", 2)
+    options += ("--learning_rate", "0.001")
     assert train(*options, "--resume", "auto", "--save_total_limit", 2)[0] == 0, "auto begins where there is no state"
     states = [state.name for state in RunFolder(tmp_path / "run", keep=True).states()]
     assert states == ["step-00000004", "step-00000005"]
@@ -374,7 +376,7 @@ def test_the_evidence_of_a_run(train, tmp_path, toy):
     assert code == 0
     folder = RunFolder(tmp_path / "run", keep=True)
     record = folder.description()
-    assert record["arguments"]["learning_rate"] == 1e-3
+    assert record["arguments"]["learning_rate"] == yaml.safe_load(CONFIG.read_text())["learning_rate"]
     assert record["data"]["train"]["photos"] > 130
     assert len(record["data"]["train"]["sha256"]) == 16
     assert record["packages"]["torch"] == torch.__version__
