@@ -6,7 +6,7 @@ import pytest
 import setup_run
 import torch
 from arguments import read_arguments
-from growing import grow
+from growing import grow, grow_eyes
 from matplotlib import get_data_path
 from PIL import Image
 
@@ -68,9 +68,12 @@ def test_large_sees_at_first_nearly_what_base_saw():
     assert torch.cosine_similarity(seen, wanted).item() > 0.99
 
 
-def test_an_encoder_of_another_width_more_blocks_or_other_patches():
-    with pytest.raises(InputError, match="its encoder's hidden_size is 400, this model's is 512"):
-        setup_run.model_and_processor(arguments("--preset", "base", "--grow_from", "mini-short"))
+def test_an_encoder_that_is_larger_or_cuts_other_patches():
+    with pytest.raises(InputError, match="its encoder's hidden_size is 512, this model's is 400"):
+        setup_run.model_and_processor(arguments("--n_blks", 3, "--grow_from", "base-short"))
+    sizes = ("--n_head", 12, "--img_embd_dim", 480, "--head_size", 8)
+    with pytest.raises(InputError, match="its encoder has 8 heads, this model's 12 and a hidden_size of 480"):
+        setup_run.model_and_processor(arguments("--grow_from", "mini-short", *sizes))
     with pytest.raises(InputError, match="its encoder has 2 blocks, this model's 1"):
         grow(a_model(1), a_model(2))
     with pytest.raises(InputError, match="its encoder's patch_size is 32, this model's is 16"):
@@ -119,6 +122,32 @@ def test_patches_are_hidden_where_the_decoder_sees_cls_alone():
         arguments("--patch_dropout", 0.5, "--vision_feature_select_strategy", "full")
 
 
-def test_one_checkpoint_alone():
-    with pytest.raises(InputError, match="grow_from: mini-long but init_from is given as well"):
-        arguments("--init_from", "mini-short", "--grow_from", "mini-long")
+@pytest.mark.parametrize(("preset", "likeness"), [("base", 0.99), ("large", 0.9)])
+def test_a_wider_encoder_sees_at_first_nearly_what_mini_saw(preset, likeness):
+    """Of eight pictures, where each differs from their mean; large's heads are split besides."""
+    mini = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED["mini-short"], dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    wider = NanoVLMForConditionalGeneration(NanoVLMConfig.from_preset(preset)).eval()
+    grow_eyes(wider, mini)
+    pixel_values = torch.nn.functional.interpolate(torch.randn(8, 3, 14, 14), 224, mode="bicubic")
+    seen = []
+    with torch.no_grad():
+        for one in (mini, wider):
+            named = one.model.multi_modal_projector.fc1(one.model.vision_tower(pixel_values).pooler_output)
+            seen.append(named[:, : mini.model.multi_modal_projector.fc1.out_features])
+    wanted, found = (one - one.mean(0) for one in seen)
+    assert torch.cosine_similarity(found, wanted).min() > likeness
+
+
+def test_the_decoder_of_one_and_the_eyes_of_another():
+    options = ("--preset", "base", "--init_from", "base-short", "--grow_from", "mini-short")
+    model, _ = setup_run.model_and_processor(arguments(*options))
+    base, mini = (
+        NanoVLMForConditionalGeneration.from_pretrained(SHIPPED[name], dtype=torch.float32)
+        for name in ("base-short", "mini-short")
+    )
+    for name, value in base.model.language_model.state_dict().items():
+        assert torch.equal(model.model.language_model.state_dict()[name], value), name
+    own, eyes = (one.model.vision_tower.position_embedding for one in (model, mini))
+    assert torch.equal(own[..., : eyes.shape[-1]], eyes)
+    assert not model.model.vision_tower.blocks[0].mlp.fc2.weight.any()

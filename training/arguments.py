@@ -60,7 +60,9 @@ class TrainingArguments:
     tokenizer: Optional[str] = _field(None, "folder of a tokenizer; unset means the one that the package ships")
     init_from: Optional[str] = _field(None, "checkpoint to begin from instead of random weights")
     grow_from: Optional[str] = _field(
-        None, "checkpoint to begin from whose encoder may have fewer blocks and heads, and whose decoder may be another"
+        None,
+        "checkpoint to begin from whose encoder may be smaller and whose decoder may be another; with init_from "
+        "as well, that one gives the decoder and this one the eyes",
     )
 
     visual_words_weight: float = _field(
@@ -124,12 +126,6 @@ class TrainingArguments:
         for name in ("max_steps", "train_samples"):
             value = getattr(self, name)
             _refuse_unless(value is None or value >= 1, name, value, "is less than 1")
-        _refuse_unless(
-            not (self.init_from and self.grow_from),
-            "grow_from",
-            self.grow_from,
-            "but init_from is given as well: leave one out",
-        )
         _refuse_unless(
             not self.patch_dropout or self.vision_feature_select_strategy == "cls",
             "patch_dropout",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from arguments import TrainingArguments
 from datasets import Dataset, load_dataset
-from growing import grow
+from growing import grow, grow_eyes
 from photo_store import decode_once
 from streaming import StreamedSplit, open_stream, stored_rows
 from texts import TokenizedTexts
@@ -144,12 +144,13 @@ def _texts_of(name: str, variant: str, rows: Dataset, datasets: dict[str, Any], 
 
 
 def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    """The model to train: of the preset, or of a checkpoint, or grown from one.
+    """The model to train: of the preset, of a checkpoint, grown from one, or the decoder of one with another's eyes.
 
     Raises:
         InputError: for a checkpoint or tokenizer that is not there or does not fit, and for impossible sizes.
     """
-    folder = _checkpoint(arguments)
+    begun_from, grown_from = (_checkpoint(name, getattr(arguments, name)) for name in ("init_from", "grow_from"))
+    folder = begun_from or grown_from
     tokenizer = _tokenizer(arguments.tokenizer or folder or SHIPPED["mini-short"])
     image_processor = NanoVLMImageProcessor() if folder is None else NanoVLMImageProcessor.from_pretrained(folder)
     if folder and arguments.tokenizer and tokenizer.get_vocab() != _tokenizer(folder).get_vocab():
@@ -164,9 +165,15 @@ def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditi
     if folder is not None:
         begun = NanoVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         _refuse_other_vocabulary(folder, begun.config, len(tokenizer))
-        if arguments.init_from is not None and _sizes(begun) != _sizes(model):
+        if begun_from is None:
+            grow(model, begun)
+        elif _sizes(begun) != _sizes(model):
             raise InputError(f"init_from: {folder} is of other sizes than this run's: give those, or see grow_from")
-        grow(model, begun)
+        elif grown_from is None:
+            model.load_state_dict(begun.state_dict())
+        else:
+            model.model.language_model.load_state_dict(begun.model.language_model.state_dict())
+            grow_eyes(model, NanoVLMForConditionalGeneration.from_pretrained(grown_from, dtype=torch.float32))
     model.generation_config = generation_config(config)
     return model, NanoVLMProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
 
@@ -206,16 +213,12 @@ def _tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _checkpoint(arguments: TrainingArguments) -> str | Path | None:
-    """The folder of the checkpoint that a run begins from, if from any: of one that ships by its short name."""
-    for field in ("init_from", "grow_from"):
-        name = getattr(arguments, field)
-        if name is not None:
-            folder = SHIPPED.get(name, name)
-            if not (Path(folder) / "config.json").exists():
-                raise InputError(f"{field}: there is no checkpoint in {folder}")
-            return folder
-    return None
+def _checkpoint(field: str, name: str | None) -> str | Path | None:
+    """The folder of a checkpoint that a run begins from: of one that ships by its short name."""
+    folder = SHIPPED.get(name, name)
+    if folder is not None and not (Path(folder) / "config.json").exists():
+        raise InputError(f"{field}: there is no checkpoint in {folder}")
+    return folder
 
 
 def _refuse_other_vocabulary(folder: str | Path, config: NanoVLMConfig, tokens: int) -> None:
