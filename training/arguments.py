@@ -61,8 +61,8 @@ class TrainingArguments:
     init_from: Optional[str] = _field(None, "checkpoint to begin from instead of random weights")
     grow_from: Optional[str] = _field(
         None,
-        "checkpoint to begin from whose encoder may be smaller and whose decoder may be another; with init_from "
-        "as well, that one gives the decoder and this one the eyes",
+        "checkpoint to begin from that may be smaller, or whose decoder may be another; with init_from as well, that "
+        "one gives the decoder and this one the eyes",
     )
 
     visual_words_weight: float = _field(

@@ -1,4 +1,4 @@
-"""A model that begins as a smaller one (beyond the paper): of a smaller encoder, or of another decoder."""
+"""A model that begins as a smaller one, or with its eyes (beyond the paper)."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ import torch
 from torch import nn
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration
-from nanovlm_hf.modeling_nanovlm import NanoVLMBlock, NanoVLMVisionModel
+from nanovlm_hf.modeling_nanovlm import NanoVLMAttention, NanoVLMBlock, NanoVLMVisionModel
 
 NOISE = 0.05  # of a copy's weights, as a share of their deviation, or it would learn what the first one learns
 
 
 @torch.no_grad()
 def grow(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> None:
-    """Gives a model the eyes of another, and each weight of its projector and decoder that has the same shape.
+    """Gives a model the eyes of another and, where its decoder is not smaller or otherwise headed, how it writes.
 
-    Where the decoders have one width, the words keep their learned positions behind more or fewer visual tokens.
+    The decoder grows as the encoder does, its added blocks last, and its words keep their learned positions behind more
+    or fewer visual tokens. Otherwise the decoder begins anew, with what of the projector has the same shape.
 
     Raises:
         InputError: as `grow_eyes`.
     """
-    grow_eyes(model, other)
-    own, others = model.state_dict(), other.state_dict()
-    same = {name: value for name, value in others.items() if name in own and value.shape == own[name].shape}
-    model.load_state_dict({name: value for name, value in same.items() if "vision_tower" not in name}, strict=False)
-    _grow_positions(model, other)
+    hidden = grow_eyes(model, other)
+    own, others = model.model.multi_modal_projector.fc2, other.model.multi_modal_projector.fc2
+    if _holds_decoder(model, other):
+        _fill(own, others, _grow_decoder(model, other), hidden)
 
 
 @torch.no_grad()
-def grow_eyes(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> None:
+def grow_eyes(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> _Spread:
     """Gives a model the encoder of another, and the first layer of its projector.
 
     Blocks that the other lacks come before the last one, through which [CLS] alone passes on; they add nothing to
     their input until they have learned to (as in progressive stacking, Gong et al. 2019), so that the encoder's output
     is at first the other's. Where it is wider, some of the other's features come twice and count half each (Net2Net,
-    Chen et al. 2015); LayerNorm sees their mean and variance nearly as before. Where it has more heads each of the
-    other's is split, which changes little: base-short writes as well with 16 heads in its encoder as with its 8.
+    Chen et al. 2015); LayerNorm sees their mean and variance nearly as before. Where it has more heads, several look
+    where one of the other's looked, as nearly as their narrower queries and keys can, each for a part of its values.
+
+    Returns:
+        Which of the features that the other's first layer makes each of this one's is.
 
     Raises:
         InputError: if the other's encoder is wider, cuts pictures otherwise, or has more blocks, or if its heads
@@ -47,7 +50,9 @@ def grow_eyes(model: NanoVLMForConditionalGeneration, other: NanoVLMForCondition
     _refuse_larger(own_tower, tower)
     features = _grow_encoder(own_tower, tower)
     own_layer, layer = model.model.multi_modal_projector.fc1, other.model.multi_modal_projector.fc1
-    _fill(own_layer, layer, _spread(own_layer.out_features, layer.out_features), features)
+    hidden = _spread(own_layer.out_features, layer.out_features)
+    _fill(own_layer, layer, hidden, features)
+    return hidden
 
 
 @dataclass(frozen=True)
@@ -125,15 +130,20 @@ def _grow_encoder(own: NanoVLMVisionModel, other: NanoVLMVisionModel) -> _Spread
     for name in ("pre_norm", "norm"):
         _fill_norm(getattr(own, name), getattr(other, name), features)
 
-    first, more = len(other.blocks) - 1, len(own.blocks) - len(other.blocks)
-    for block in own.blocks[first : first + more]:
+    _grow_blocks(own.blocks, other.blocks, features, before=len(other.blocks) - 1)
+    return features
+
+
+def _grow_blocks(own: nn.ModuleList, others: nn.ModuleList, features: _Spread, before: int) -> None:
+    """Fills the blocks; those that the other lacks come before a place among its own, and add nothing at first."""
+    added = own[before : before + len(own) - len(others)]
+    for block in added:
         for layer in (block.self_attn.out_proj, block.mlp.fc2):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-    kept = [*own.blocks[:first], *own.blocks[first + more :]]
-    for block, begun in zip(kept, other.blocks, strict=True):
+    kept = [*own[:before], *own[before + len(added) :]]
+    for block, begun in zip(kept, others, strict=True):
         _grow_block(block, begun, features)
-    return features
 
 
 def _grow_block(own: NanoVLMBlock, other: NanoVLMBlock, features: _Spread) -> None:
@@ -147,6 +157,7 @@ def _grow_block(own: NanoVLMBlock, other: NanoVLMBlock, features: _Spread) -> No
         factors = within_heads.share.sqrt() * scale
         layer.weight.mul_(factors[:, None])
         layer.bias.mul_(factors)
+    _split_heads(attention, others.config.num_attention_heads)
     _fill(attention.out_proj, others.out_proj, features, within_heads)
     hidden = _spread(own.mlp.fc1.out_features, other.mlp.fc1.out_features)
     _fill(own.mlp.fc1, other.mlp.fc1, hidden, features)
@@ -155,11 +166,51 @@ def _grow_block(own: NanoVLMBlock, other: NanoVLMBlock, features: _Spread) -> No
     _fill_norm(own.norm2, other.norm2, features)
 
 
-def _grow_positions(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> None:
-    own, others = (one.model.language_model.position_embedding.weight for one in (model, other))
-    if own.shape[1] != others.shape[1]:
+def _split_heads(attention: NanoVLMAttention, heads: int) -> None:
+    """Has every head among so many, where the attention has a multiple of them, work as several, each on its part of
+    the values: they share the nearest query and key weights of their width."""
+    parts = attention.config.num_attention_heads // heads
+    if parts == 1:
         return
+    layers = (attention.q_proj, attention.k_proj)
+    # The bias is the weight of one more input, which is always 1.
+    whole = [torch.cat([layer.weight, layer.bias[:, None]], dim=1).unflatten(0, (heads, -1)) for layer in layers]
+    bases, factors = zip(*(torch.linalg.qr(weights.mT) for weights in whole), strict=True)
+    left, singular, right = torch.linalg.svd(factors[0] @ factors[1].mT)
+    # Narrower heads divide their products by less.
+    strength = (singular / parts**0.5).sqrt()[:, None]
+    for layer, basis, side in zip(layers, bases, (left, right.mT), strict=True):
+        nearest = ((basis @ side) * strength)[..., : attention.head_dim].mT
+        shared = nearest.repeat_interleave(parts, dim=0).flatten(0, 1)
+        layer.weight.copy_(shared[:, :-1])
+        layer.bias.copy_(shared[:, -1])
+
+
+def _holds_decoder(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> bool:
+    own, others = (one.config.text_config for one in (model, other))
+    return (
+        own.vocab_size == others.vocab_size
+        and own.hidden_size >= others.hidden_size
+        and own.num_hidden_layers >= others.num_hidden_layers
+        and own.hidden_size % others.num_attention_heads == 0
+        and own.num_attention_heads % others.num_attention_heads == 0
+    )
+
+
+def _grow_decoder(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGeneration) -> _Spread:
+    """Fills decoder and head, and says which of the other's features each of an embedding is."""
+    own, others = model.model.language_model, other.model.language_model
+    features = _spread(own.config.hidden_size, others.config.hidden_size)
+    own.embed_tokens.weight.copy_(others.embed_tokens.weight[:, features.index])
+    model.lm_head.weight.copy_(other.lm_head.weight[:, features.index])
     seen, others_seen = (one.config.image_seq_length for one in (model, other))
-    shared, words = min(seen, others_seen), min(len(own) - seen, len(others) - others_seen)
-    own[:shared] = others[:shared]
-    own[seen : seen + words] = others[others_seen : others_seen + words]
+    positions, begun = own.position_embedding.weight, others.position_embedding.weight[:, features.index]
+    shared, words = min(seen, others_seen), min(len(positions) - seen, len(begun) - others_seen)
+    positions[:shared] = begun[:shared]
+    positions[seen : seen + words] = begun[others_seen : others_seen + words]
+    _grow_blocks(own.blocks, others.blocks, features, before=len(others.blocks))
+    # The head takes every copy of a feature: together they count once.
+    _fill_norm(own.norm, others.norm, features)
+    own.norm.weight.mul_(features.share)
+    own.norm.bias.mul_(features.share)
+    return features
