@@ -85,6 +85,20 @@ def test_it_completes_a_real_photo_and_looks_at_it(shipped):
     assert re.search(r"\b(man|woman|boy|girl|person|people|lady|child|he|she)\b", texts[0], re.IGNORECASE), texts[0]
 
 
+def test_it_keeps_its_kind_of_text_where_the_beginning_is_of_the_other(shipped):
+    """It learned both before the one that it writes: 'There is a' begins texts of LongDesc, a dog ShortDesc's."""
+    folder, model, processor = shipped
+    short = folder.name.endswith("short")
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(256, (16, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()).resize((224, 224)) for one in colours]
+    prefix = "There is a" if short else "A brown dog runs"
+    inputs = processor(images=pictures, text=[prefix] * len(pictures), return_tensors="pt")
+    words = [len(text.split()) for text in processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)]
+    of_the_other = sum((count > 40) == short for count in words)
+    assert of_the_other <= len(words) // 4, words
+
+
 @FOLDERS
 def test_the_card_is_what_the_files_say(folder):
     text = (folder / "README.md").read_text(encoding="utf-8")
