@@ -18,7 +18,7 @@ def grow(model: NanoVLMForConditionalGeneration, other: NanoVLMForConditionalGen
     """Gives a model the eyes of another and, where its decoder is not smaller or otherwise headed, how it writes.
 
     The decoder grows as the encoder does, its added blocks last, and its words keep their learned positions behind more
-    or fewer visual tokens. Otherwise the decoder begins anew, with what of the projector has the same shape.
+    or fewer visual tokens. Otherwise the decoder begins anew, and with it the projector's second layer.
 
     Raises:
         InputError: as `grow_eyes`.
