@@ -1,9 +1,10 @@
 """How fast is a training step of this project, data path included, against a plain PyTorch loop of the same model?
 
-`python benchmarks/training_step.py --preset mini` prints images/s of six loops, taken in turns in one process: the
+`python benchmarks/training_step.py --preset mini` prints images/s of seven loops, taken in turns in one process: the
 project's (uint8 photos augmented and normalised for every batch, its objective, AdamW as in the others), the same with
-Muon, the same with half of the patches hidden, the same model's step on one fixed batch in memory, a hand-written
-PyTorch model of the same shapes on that batch, and that model as a tutorial would train it. The process keeps the
+Muon, the same with half of the patches hidden, the same with PyTorch's fused attention, the same model's step on one
+fixed batch in memory, a hand-written PyTorch model of the same shapes on that batch, and that model as a tutorial would
+train it. The process keeps the
 memory that it frees, as the training script does, which helps each of them.
 """
 
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from arguments import TrainingArguments
 from batches import TrainingBatches
 from loop import to_device
-from memory import keep_freed_memory
 from objective import CompletionObjective
+from on_cpu import keep_freed_memory, write_out_attention
 from optimizers import optimizers_of
 from texts import TokenizedTexts
 from transformers import AutoTokenizer
@@ -45,9 +46,15 @@ def optimizer_step(model: torch.nn.Module, optimizers: list[torch.optim.Optimize
 
 
 def project_loop(
-    config: NanoVLMConfig, batches: TrainingBatches, fixed: bool = False, muon_learning_rate: float = 0.0
+    config: NanoVLMConfig,
+    batches: TrainingBatches,
+    fixed: bool = False,
+    fused_attention: bool = False,
+    muon_learning_rate: float = 0.0,
 ) -> Callable[[int], None]:
     model = NanoVLMForConditionalGeneration(config)
+    if not fused_attention:
+        write_out_attention(model)
     objective = CompletionObjective(model).train()
     fields = TrainingArguments(dataset="data", output_dir="runs", muon_learning_rate=muon_learning_rate)
     optimizers = optimizers_of(model, fields)
@@ -145,6 +152,7 @@ def main() -> None:
         "project, data path included": project_loop(config, batches),
         "project, Muon": project_loop(config, batches, muon_learning_rate=3e-3),
         "project, patch_dropout 0.5": project_loop(half, batches),
+        "project, fused attention": project_loop(config, batches, fused_attention=True),
         "project, one batch in memory": project_loop(config, batches, fixed=True),
         "plain PyTorch, one batch in memory": plain_loop(config, batches),
         "tutorial: looped heads, float32, JPEGs": tutorial_loop(config, batches, arguments.batch_size),

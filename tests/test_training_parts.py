@@ -356,7 +356,7 @@ def test_freed_memory_is_kept():
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from memory import keep_freed_memory
+from on_cpu import keep_freed_memory
 assert sys.argv[2] == "before" or keep_freed_memory()
 layer = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 512))
 inputs = torch.randn(4096, 512)

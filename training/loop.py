@@ -21,8 +21,8 @@ from arguments import TrainingArguments
 from batches import TrainingBatches
 from evaluation import evaluate
 from evidence import Meter, count_flops, describe_run, known_words, write_samples, write_strip
-from memory import keep_freed_memory
 from objective import CompletionObjective
+from on_cpu import keep_freed_memory, write_out_attention
 from optimizers import optimizers_of
 from pixels import to_pixel_values
 from record import describe_checkpoint
@@ -66,6 +66,8 @@ class _Run:
         # With every state Accelerate says that it saves tied weights once.
         logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         self.model, self.processor = model_and_processor(arguments)
+        if accelerator.device.type == "cpu" and arguments.mixed_precision == "bf16":
+            write_out_attention(self.model)
         if arguments.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         with accelerator.local_main_process_first():
