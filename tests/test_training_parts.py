@@ -19,7 +19,7 @@ from export import export
 from objective import CompletionObjective
 from PIL import Image
 from run_folder import RunFolder
-from runs import CONFIG, ROOT
+from runs import CONFIG, ROOT, toy_options
 from test_photos import png_header
 from texts import TokenizedTexts
 from toy_data import COLOURS, jpeg_of, square
@@ -372,3 +372,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - warm)
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert new_pages("after") < new_pages("before") / 2
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
+def test_attention_is_written_out_in_bf16_on_a_cpu(tmp_path, toy, monkeypatch, mixed_precision):
+    fused = torch.nn.functional.scaled_dot_product_attention
+    calls = []
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k)
+    )
+    options = (*toy_options(toy, tmp_path / "run"), "--mixed_precision", mixed_precision, "--max_steps", 1)
+    loop.train(read_arguments(list(map(str, options))))
+    assert bool(calls) == (mixed_precision == "no")
+    config = NanoVLMConfig.from_pretrained(tmp_path / "run" / "last")
+    assert "attn_implementation" not in config.to_json_string(), "the model that is saved chooses anew where it runs"
