@@ -26,7 +26,7 @@ EXAMPLES = {
 MODELS_AT_HAND = 2  # in memory at a time; a Space has several visitors, but two cores
 INTRODUCTION = """# How small can a vision-language model be?
 
-NanoVLM completes a sentence about a photo in a small child's words, with {parameters} parameters. It has seen eight
+NanoVLM completes a sentence about a photo in a small child's words (parameters: {parameters}). It has seen eight
 thousand photos, mostly of people and dogs outdoors, so it often names the wrong thing. The second line is what the same
 model says without looking, of a blank picture: what differs is what it saw."""
 
@@ -78,7 +78,7 @@ def page() -> gr.Blocks:
     choices = sizes()
     # Nothing is told to anybody, and visitors' photos are removed after an hour.
     with gr.Blocks(title="NanoVLM", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown(INTRODUCTION.format(parameters=" or ".join(map(millions, choices))))
+        gr.Markdown(INTRODUCTION.format(parameters=", ".join(map(millions, choices))))
         with gr.Row():
             with gr.Column(min_width=300):
                 photo = gr.Image(label="Photo", type="filepath", image_mode=None, height=320)
