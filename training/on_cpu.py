@@ -25,9 +25,10 @@ def keep_freed_memory() -> bool:
 
 
 def write_out_attention(model: NanoVLMForConditionalGeneration) -> None:
-    """Has the model compute its attention as plain matrix products: in bf16, a step takes about two thirds of the time.
+    """Has the model compute its attention as plain matrix products, which are the faster on a CPU in bf16.
 
-    PyTorch's fused attention goes backward in bf16 on a CPU at a few billion operations a second; the matrices of
-    weights that it spares are small here. In float32 the fused one is the faster.
+    PyTorch's fused attention goes backward there at a few billion operations a second; with all texts of a photo a step
+    takes two thirds of the time without it. The matrices of weights that it spares are small here. In float32 the fused
+    one is the faster.
     """
     model.set_attn_implementation("eager")
