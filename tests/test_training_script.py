@@ -412,11 +412,13 @@ def test_through_transformers_own_trainer(tmp_path, toy, monkeypatch):
         f"--dataset {toy / 'data'} --output_dir {tmp_path / 'run'} --max_steps 25 --learning_rate 1e-3 --use_cpu true"
     )
     options += " --per_device_train_batch_size 8 --logging_steps 1 --report_to none --eval_strategy no --seed 0"
+    options += " --bf16 true"
     monkeypatch.setattr(sys, "argv", ["with_trainer.py", *options.split()])
     trainer = with_trainer.main()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < 0.7 * losses[0]
     assert trainer.evaluate()["eval_loss"] < losses[0]
+    assert trainer.model.config._attn_implementation == "eager", "which is the faster in bf16 on a CPU"
     model = NanoVLMForConditionalGeneration.from_pretrained(tmp_path / "run")
     processor = NanoVLMProcessor.from_pretrained(tmp_path / "run")
     inputs = processor(images=square(3)[0], text="There is", return_tensors="pt")

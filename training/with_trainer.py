@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from datasets import load_dataset
+from on_cpu import write_out_attention
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor
@@ -37,8 +38,11 @@ def main() -> Trainer:
     config = NanoVLMConfig.from_preset(data.preset, vocab_size=len(tokenizer))
     processor = NanoVLMProcessor(NanoVLMImageProcessor(), tokenizer, image_seq_length=config.image_seq_length)
     dataset = load_dataset(data.dataset, data.variant)
+    model = NanoVLMForConditionalGeneration(config)
+    if settings.bf16 and settings.device.type == "cpu":
+        write_out_attention(model)
     trainer = Trainer(
-        model=NanoVLMForConditionalGeneration(config),
+        model=model,
         args=settings,
         data_collator=partial(collate, processor),
         train_dataset=dataset["train"],
