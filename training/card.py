@@ -85,23 +85,25 @@ def card(folder: Path) -> str:
         shares="/".join(f"{100 * counts[part] / counts['total']:.0f}" for part in ("encoder", "projector", "decoder")),
         image_tokens="one token" if config.image_seq_length == 1 else f"{config.image_seq_length} tokens",
         data=data.strip(),
-        beyond=beyond_the_paper(arguments),
+        beyond=beyond_the_paper(record),
         batch_size=photos_per_step(record),
         dropout=arguments["dropout"],
         precision="bf16 autocast" if arguments["mixed_precision"] == "bf16" else "float32",
         device=record["device"],
-        command="\n".join(_commands(record)),
+        command="\n".join(line for one in lineage(record) for line in command(one)),
         compute=_told(taken, others=bool(record["before"])),
         validation_photos=f"{photos['validation']['photos']:,}",
         metrics=read_json(folder / "metrics.json"),
+        figure=(folder / "loss.png").exists(),
         evaluation=evaluation,
         interval=functools.partial(interval, percent=True),
     )
     return f"{str(filled).rstrip()}\n"
 
 
-def beyond_the_paper(arguments: dict[str, Any]) -> str:
+def beyond_the_paper(record: dict[str, Any]) -> str:
     """What a run does that the paper does not tell of, in a sentence."""
+    arguments = record["arguments"]
     did = []
     if arguments["learning_rate"] != PAPERS_LEARNING_RATE:
         did.append(f"the learning rate is {arguments['learning_rate']:g} instead of {PAPERS_LEARNING_RATE:g}")
@@ -123,19 +125,27 @@ def beyond_the_paper(arguments: dict[str, Any]) -> str:
         did.append("it began from the weights of another run, which the command names")
     if arguments.get("grow_from"):
         did.append("it was grown from the weights of a smaller one, whose run the command names")
+    if record.get("average_of"):
+        did.append(f"the weights are the mean of {len(record['average_of'])} runs', which the last command names")
     return f"Beyond the paper: {', '.join(did)}." if did else "Nothing in it is beyond the paper."
 
 
-def _commands(record: dict[str, Any]) -> list[str]:
-    """How to run the run again, and the runs before it."""
-    before = [line for one in record["before"] for line in _commands(one)]
-    return [*before, *command(record)]
+def lineage(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A run and all runs before it, each once, the first one first."""
+    runs: list[dict[str, Any]] = []
+    for one in (*(each for before in record["before"] for each in lineage(before)), record):
+        if one not in runs:
+            runs.append(one)
+    return runs
 
 
 def command(record: dict[str, Any]) -> list[str]:
     """How to run a run again with the code of today: its YAML file, where there is one, and what was given anew. A
     field that is younger than the run has the value that leaves it out. Before it, the commit of the run's own code."""
     commit = [f"# made with the code of {record['git_commit']}"] if record["git_commit"] else []
+    if record.get("average_of"):
+        runs = " ".join(record["average_of"])
+        return [*commit, f"python training/average.py {runs} --out {record['arguments']['output_dir']}"]
     return [*commit, _launch(record["arguments"])]
 
 
@@ -159,13 +169,14 @@ def _launch(arguments: dict[str, Any]) -> str:
 
 def _compute(record: dict[str, Any]) -> dict[str, Any]:
     """Hours, photos and grams of CO2 of a run and those before it."""
-    hours, photos = record["hours"], record["photos_seen"]
-    watts = _watts(record["device"])
-    grams = None if watts is None else hours * watts / 1000 * GRAMS_OF_CO2_A_KWH
-    for one in map(_compute, record["before"]):
-        hours, photos = hours + one["hours"], photos + one["photos"]
-        grams = None if grams is None or one["grams"] is None else grams + one["grams"]
-    return {"hours": hours, "photos": photos, "grams": grams, "watts": watts, "device": record["device"]}
+    runs = lineage(record)
+    hours = sum(one["hours"] for one in runs)
+    photos = sum(one["photos_seen"] for one in runs)
+    watts = [_watts(one["device"]) for one in runs]
+    grams = None
+    if None not in watts:
+        grams = sum(one["hours"] * power / 1000 * GRAMS_OF_CO2_A_KWH for one, power in zip(runs, watts, strict=True))
+    return {"hours": hours, "photos": photos, "grams": grams, "watts": watts[-1], "device": record["device"]}
 
 
 def _watts(device: str) -> int | None:

@@ -45,7 +45,7 @@ def row(folder: Path) -> list[str]:
         f"{best['eval_loss']:.3f}",
         f"{best['eval_loss_wrong_photo']:.3f}",
         f"{best['grounding_gap']:.3f} ± {best['grounding_gap_stderr']:.3f}",
-        f"{best['train_loss']:.3f}",
+        f"{best['train_loss']:.3f}" if "train_loss" in best else "",
     ]
 
 

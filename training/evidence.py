@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from arguments import TrainingArguments
+from evaluation import evaluate
 from machines import gpu_of
+from objective import CompletionObjective
 from PIL import Image
 from run_folder import RunFolder
 from setup_run import Split, generation_config
@@ -155,11 +157,38 @@ def count_flops(step: Any) -> float:
     return float(counter.get_total_flops())
 
 
-def known_words(split: Split) -> set[str]:
-    """The words of a split's first source."""
+def known_words(splits: dict[str, Split | StreamedSplit]) -> set[str]:
+    """The words that are learned, of the first source; of a stream, those that are judged."""
+    split = splits["validation" if isinstance(splits["train"], StreamedSplit) else "train"]
     tokenizer = split.texts.tokenizer
     texts = tokenizer.batch_decode([texts[0][:-1] for texts in split.texts.ids[split.texts.names[0]] if texts])
     return {word for text in texts for word in rouge_tokens(text)}
+
+
+def judge(
+    run: RunFolder,
+    step: int,
+    model: NanoVLMForConditionalGeneration,
+    processor: NanoVLMProcessor,
+    split: Split,
+    vocabulary: set[str],
+    accelerator: Any,
+) -> dict[str, float]:
+    """Judges a model on a split's photos; logs what came of it, and writes down what the model says of some.
+
+    Args:
+        step: after which the model is as it is.
+        vocabulary: of `known_words`.
+
+    Returns:
+        The metrics of `evaluate`, and the signs of coherence of `write_samples`.
+    """
+    objective = CompletionObjective(model)
+    with accelerator.autocast():
+        metrics = evaluate(objective, split.photos, split.texts, processor.image_processor, accelerator.device)
+    metrics |= write_samples(run, step, model, processor, split, vocabulary)
+    run.log({"step": step, **metrics})
+    return metrics
 
 
 @torch.no_grad()

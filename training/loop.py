@@ -19,8 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from arguments import TrainingArguments
 from batches import TrainingBatches
-from evaluation import evaluate
-from evidence import Meter, count_flops, describe_run, known_words, write_samples, write_strip
+from evidence import Meter, count_flops, describe_run, judge, known_words, write_strip
 from objective import CompletionObjective
 from on_cpu import keep_freed_memory, write_out_attention
 from optimizers import optimizers_of
@@ -315,13 +314,6 @@ class _Run:
             self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
 
-    def _vocabulary(self) -> set[str]:
-        """The words that are learned; of a stream, those that are judged."""
-        if self.vocabulary is None:
-            train = self.splits["train"]
-            self.vocabulary = known_words(self.splits["validation"] if isinstance(train, StreamedSplit) else train)
-        return self.vocabulary
-
     def _judged_model(self) -> torch.nn.Module:
         """The model that is judged and saved; every process calls it, and the main one has it."""
         if not self.sharded:
@@ -337,20 +329,13 @@ class _Run:
         patient = torch.ones((), device=accelerator.device)
         model = self._judged_model()
         if accelerator.is_main_process:
-            split = self.splits["validation"]
-            with accelerator.autocast():
-                metrics = evaluate(
-                    CompletionObjective(model),
-                    split.photos,
-                    split.texts,
-                    self.processor.image_processor,
-                    accelerator.device,
-                )
-            metrics |= write_samples(self.folder, progress["step"], model, self.processor, split, self._vocabulary())
-            self.folder.log({"step": progress["step"], **metrics})
+            if self.vocabulary is None:
+                self.vocabulary = known_words(self.splits)
+            split, step = self.splits["validation"], progress["step"]
+            metrics = judge(self.folder, step, model, self.processor, split, self.vocabulary, accelerator)
             self.folder.plot()
             self.bar.write(
-                f"step {progress['step']}: eval_loss {metrics['eval_loss']:.4f}, grounding gap "
+                f"step {step}: eval_loss {metrics['eval_loss']:.4f}, grounding gap "
                 f"{metrics['grounding_gap']:.4f} +- {metrics['grounding_gap_stderr']:.4f}"
             )
             progress["evaluations_without_gain"] += 1
@@ -359,7 +344,7 @@ class _Run:
                 self.folder.save_model("best", model, self.processor)
             patience = self.arguments.early_stopping_patience
             patient *= not patience or progress["evaluations_without_gain"] < patience
-            accelerator.log(metrics, step=progress["step"])
+            accelerator.log(metrics, step=step)
             self.objective.train()
         if accelerator.num_processes > 1:
             patient = accelerator.reduce(patient, "sum") - (accelerator.num_processes - 1)

@@ -16,16 +16,17 @@ from nanovlm_hf.files import written_whole
 
 
 def best_metrics(run: RunFolder) -> dict[str, Any]:
-    """The evaluation of the best model, with the training loss and the epoch at that step."""
+    """The evaluation of the best model, with the training loss and the epoch at that step; a mean of runs has none."""
     rows = run.rows()
     best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
     steps = [row for row in rows if "train_loss" in row]
     at_best = [row for row in steps if row["step"] <= best["step"]] or steps[:1]
-    return best | {"train_loss": at_best[-1]["train_loss"], "epoch": at_best[-1]["epoch"]}
+    return best | {name: at_best[-1][name] for name in ("train_loss", "epoch") if at_best}
 
 
 def public_record(run: RunFolder) -> dict[str, Any]:
-    """A run's record without the folders of its machine, with what it took and the runs that it went on from."""
+    """A run's record without the folders of its machine, with what it took and the runs that it went on from, or is the
+    mean of."""
     record = run.description()
     arguments = dict(record["arguments"])
     before = []
@@ -36,6 +37,11 @@ def public_record(run: RunFolder) -> dict[str, Any]:
         before += _before(Path(SHIPPED.get(begun, begun)))
         if "/" in begun:
             arguments[name] = "/".join(["runs", *Path(begun).parts[-2:]])
+    if "average_of" in record:
+        before = [one for part in record["average_of"] for one in _before(Path(part, "best"))]
+        for one in before:  # an equal past becomes the same one, which YAML then writes once
+            one["before"] = next(other["before"] for other in before if other["before"] == one["before"])
+        record["average_of"] = [f"runs/{Path(part).name}" for part in record["average_of"]]
     for name in ("resume", "overwrite"):
         del arguments[name]
     for name in ("dataset", "tokenizer"):

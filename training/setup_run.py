@@ -167,7 +167,7 @@ def model_and_processor(arguments: TrainingArguments) -> tuple[NanoVLMForConditi
         _refuse_other_vocabulary(folder, begun.config, len(tokenizer))
         if begun_from is None:
             grow(model, begun)
-        elif _sizes(begun) != _sizes(model):
+        elif sizes(begun) != sizes(model):
             raise InputError(f"init_from: {folder} is of other sizes than this run's: give those, or see grow_from")
         elif grown_from is None:
             model.load_state_dict(begun.state_dict())
@@ -226,7 +226,7 @@ def _refuse_other_vocabulary(folder: str | Path, config: NanoVLMConfig, tokens: 
         raise InputError(f"{folder} has a model of {config.text_config.vocab_size} entries and a tokenizer of {tokens}")
 
 
-def _sizes(model: NanoVLMForConditionalGeneration) -> tuple[Any, ...]:
+def sizes(model: NanoVLMForConditionalGeneration) -> tuple[Any, ...]:
     """All that two models share if one can take every weight of the other and means the same by it."""
     config = model.config
     heads = [one.num_attention_heads for one in (config.vision_config, config.text_config)]
