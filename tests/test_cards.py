@@ -78,6 +78,7 @@ def test_hours_and_grams_add_up():
     taken = card._compute(two)
     assert (taken["hours"], taken["photos"]) == (5.0, 200)
     assert taken["grams"] == pytest.approx(5 * 20 / 1000 * 480)
+    assert card._compute(one | {"device": "1 core of AMD EPYC"})["grams"] == pytest.approx(2 * 10 / 1000 * 480)
     assert card._compute(one | {"device": "NVIDIA H100 80GB HBM3"})["grams"] == pytest.approx(2 * 0.7 * 480)
     assert card._compute(two | {"device": "something new"})["grams"] is None
 

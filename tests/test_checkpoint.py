@@ -52,7 +52,8 @@ def test_it_is_small_safe_and_without_code(folder):
     assert max(path.stat().st_size for path in folder.iterdir()) < 16_000_000
     assert not [name for name in names if name.endswith((".py", ".bin", ".pt", ".pkl"))]
     assert "auto_map" not in (folder / "config.json").read_text()
-    assert {"training_args.yaml", "metrics.json", "metrics.jsonl", "evaluation.json", "loss.png"} <= names
+    assert {"training_args.yaml", "metrics.json", "metrics.jsonl", "evaluation.json"} <= names
+    assert ("loss.png" in names) == ("train_loss" in read(folder / "metrics.json")), "a mean of runs has no training"
 
 
 def test_half_precision_on_disk_is_float32_in_memory_on_every_version(shipped):
@@ -104,8 +105,9 @@ def test_the_card_is_what_the_files_say(folder):
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert card(folder) == text, "write it anew: python training/card.py CHECKPOINT"
     metrics, evaluation = read(folder / "metrics.json"), read(folder / "evaluation.json")
-    for name in ("eval_loss", "eval_loss_wrong_photo", "grounding_gap", "grounding_gap_stderr", "train_loss"):
+    for name in ("eval_loss", "eval_loss_wrong_photo", "grounding_gap", "grounding_gap_stderr"):
         assert f"{metrics[name]:.3f}" in text
+    assert (f"| {metrics.get('train_loss', 0):.3f} |" in text) == ("train_loss" in metrics)
     assert f"{evaluation['grounding']['grounding_gap_low']:.3f}" in text
     assert f"{evaluation['in_domain']['originality']['rouge1_nearest']:.3f}" in text
     counts = NanoVLMConfig.from_pretrained(folder).parameter_counts()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,9 @@ def _compute(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _watts(device: str) -> int | None:
-    cores, _, name = device.partition(" cores of ")
-    if name:
-        return int(cores) * WATTS_OF_A_CORE
+    cores = re.match(r"(\d+) cores? of ", device)
+    if cores:
+        return int(cores[1]) * WATTS_OF_A_CORE
     gpu = gpu_of(device)
     return gpu and gpu.watts
 

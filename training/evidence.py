@@ -67,7 +67,8 @@ def device_name(device: torch.device) -> str:
         ),
         platform.machine(),
     )
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {cpu}"
 
 
 def _read(path: str) -> str:
