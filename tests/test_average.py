@@ -12,6 +12,7 @@ import loop
 import pytest
 import yaml
 from arguments import read_arguments
+from PIL import Image
 from runs import ROOT, metrics, toy_options
 from safetensors.torch import load_file
 
@@ -74,7 +75,6 @@ def test_its_card_tells_of_every_run_once(mean):
     assert "for 48 photos, counted each time" in text.replace("\n", " "), "three runs of two steps of eight"
     assert "the weights are the mean of 2 runs'" in text
     assert "training loss at that step" not in text
-    assert "loss.png" not in text
     assert "\n\n\n" not in text
     assert str(mean.parent) not in text + (mean / "best" / "training_args.yaml").read_text()
 
@@ -82,6 +82,8 @@ def test_its_card_tells_of_every_run_once(mean):
 def test_a_mean_ships_and_is_kept_as_a_run_is(mean, tmp_path):
     export.export(mean, tmp_path / "shipped")
     NanoVLMForConditionalGeneration.from_pretrained(tmp_path / "shipped")
+    with Image.open(tmp_path / "shipped" / "loss.png") as figure:
+        assert figure.size == (840, 480)
     assert json.loads((tmp_path / "shipped" / "metrics.json").read_text()) == metrics(mean)[0]
     kept = compare.keep(mean, tmp_path / "kept")
     assert compare.row(kept) == compare.row(tmp_path / "shipped")

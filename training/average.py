@@ -59,10 +59,34 @@ def average(runs: list[Path], out: Path) -> dict[str, float]:
     model = mean.module.to(accelerator.device)
     folder = RunFolder(out)
     metrics = judge(folder, 0, model, processors[0], splits["validation"], known_words(splits), accelerator)
+    draw(runs, metrics, out / "loss.png")
     folder.save_model("best", model, processors[0])
     folder.describe(describe_run(arguments, splits, accelerator) | {"average_of": [str(run) for run in runs]})
     describe_checkpoint(folder, out / "best", out.name)
     return metrics
+
+
+def draw(runs: list[Path], metrics: dict[str, float], path: Path) -> None:
+    """Draws the losses of the runs, and those of their mean as lines across."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        rows = RunFolder(run, keep=True).rows()
+        for name, style in (
+            ("train_loss", {"color": "C0", "alpha": 0.6}),
+            ("eval_loss", {"color": "C1", "marker": "o"}),
+        ):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True), linewidth=1, **style)
+    axes.plot([], [], color="C0", label="training")
+    axes.plot([], [], color="C1", marker="o", label="validation")
+    axes.axhline(metrics["eval_loss"], color="C2", label="validation, of the mean")
+    axes.axhline(metrics["eval_loss_wrong_photo"], color="C3", linestyle="--", label="the same, wrong photo")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=path.parent.name)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -95,7 +95,6 @@ def card(folder: Path) -> str:
         compute=_told(taken, others=bool(record["before"])),
         validation_photos=f"{photos['validation']['photos']:,}",
         metrics=read_json(folder / "metrics.json"),
-        figure=(folder / "loss.png").exists(),
         evaluation=evaluation,
         interval=functools.partial(interval, percent=True),
     )
