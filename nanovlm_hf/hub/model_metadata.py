@@ -1,0 +1,144 @@
+"""Metadata of a model card on the Hub: a checkpoint's metrics, and the check that its card states them."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from ..errors import InputError, first_line
+from ..files import read_json, read_text, validate
+
+# Titles of the fields of `metrics.json`, and of `evaluation.json` if a checkpoint has one, in a card's metadata. A card
+# also lists those of METRICS, and omits one that is not in REQUIRED if the checkpoint is older than the metric.
+METRICS = {
+    "eval_loss": "Validation loss (nats per token)",
+    "eval_loss_wrong_photo": "Validation loss with a mismatched image (nats per token)",
+    "grounding_gap": "Grounding gap (nats per token)",
+}
+REQUIRED = ("eval_loss", "eval_loss_wrong_photo", "grounding_gap")
+EVALUATED = {
+    "r_at_1_of_32": ("Retrieval, R@1 of 32 descriptions", ("grounding", "retrieval", "32", "r_at_1", "mean")),
+    "things_precision": ("Object precision", ("in_domain", "mentions", "precision", "mean")),
+    "rouge1_nearest": ("ROUGE-1 to the nearest training text", ("in_domain", "originality", "rouge1_nearest")),
+}
+REMEDY = "write it with `python -m nanovlm_hf.hub.model_card`"
+MAX_METRIC = 1e9  # losses, shares and ROUGE are far below
+MAX_METADATA = 200_000  # characters
+MAX_BRACKETS = 1_000  # `[` and `{`: PyYAML's time grows with the square of their nesting
+
+
+def eval_results(folder: Path) -> list[EvalResult]:
+    """Return a checkpoint's metrics in the form of the Hub's model-index, rounded to four digits.
+
+    Raises:
+        InputError: if a metric is missing, or is not a finite number.
+    """
+    metrics = _read_numbers(folder / "metrics.json")
+    found = []
+    for name, title in METRICS.items():
+        value = _number(metrics, (name,))
+        if value is None and name not in REQUIRED and name not in metrics:
+            continue
+        if value is None:
+            raise InputError(f"{folder.name}: metrics.json has no number {name}: write the file again")
+        found.append(("validation", name, title, value))
+    if (folder / "evaluation.json").exists():
+        evaluation = _read_numbers(folder / "evaluation.json")
+        for name, (title, keys) in EVALUATED.items():
+            value = _number(evaluation, keys)
+            if value is None:
+                raise InputError(f"{folder.name}: evaluation.json has no {'.'.join(keys)}: evaluate it again")
+            found.append(("validation" if keys[0] == "grounding" else "test", name, title, value))
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type="nanovlm_hf",
+            dataset_name=f"{split} photos, see the card",
+            dataset_split=split,
+            metric_type=name,
+            metric_name=title,
+            metric_value=round(value, 4),
+        )
+        for split, name, title, value in found
+    ]
+
+
+def _read_numbers(path: Path) -> dict[str, Any]:
+    """Read a JSON object without NaN and infinity, which other programs may not read."""
+    where = f"{path.parent.name}: {path.name}"
+    content = validate(read_json(path), dict[str, Any], where)
+    if not _is_finite(content):
+        raise InputError(f"{where} has a number that is NaN or infinite: measure again")
+    return content
+
+
+def _is_finite(content: Any) -> bool:
+    if isinstance(content, dict):
+        return all(map(_is_finite, content.values()))
+    if isinstance(content, list):
+        return all(map(_is_finite, content))
+    return not isinstance(content, float) or math.isfinite(content)
+
+
+def _number(content: Any, keys: tuple[str, ...]) -> float | None:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    is_number = isinstance(content, (int, float)) and not isinstance(content, bool)
+    return content if is_number and abs(content) < MAX_METRIC else None
+
+
+def hub_card(source: Path, repo_id: str, code: bool = True) -> str:
+    """Return a checkpoint's card with the repository's name in its example and metadata.
+
+    Args:
+        code: whether the repository holds the code; the example then runs without this package.
+
+    Raises:
+        InputError: if the card is not a model card, or does not state the metrics of the checkpoint's files.
+    """
+    text = re.sub(r"\r\n?", "\n", read_text(source / "README.md"))
+    where = f"{source.name}: README.md"
+    _check_metadata(text, where)
+    results, metrics = eval_results(source), read_json(source / "metrics.json")
+    try:
+        card = ModelCard(text, ignore_metadata_errors=False)
+        stated = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+    except Exception as error:  # huggingface_hub raises many errors, as it expects metadata of the right shape
+        raise InputError(f"{where}: its metadata are not those of a model card ({first_line(error)})") from None
+    for result in results:
+        name, value = result.metric_type, result.metric_value
+        if stated.get(name) != value or (name in METRICS and f"| {metrics[name]:.3f}" not in card.text):
+            raise InputError(f"{where} does not state that {name} is {value}: {REMEDY}")
+    namespace, card.data.model_name = repo_id.split("/")
+    datasets = validate(card.data.datasets, list[str] | str | None, f"{where}: datasets") or []
+    datasets = [datasets] if isinstance(datasets, str) else datasets
+    card.data.datasets = [name if "/" in name else f"{namespace}/{name}" for name in datasets] or None
+    card.text = re.sub(r"^folder = .*$", f'folder = "{repo_id}"', card.text, count=1, flags=re.MULTILINE)
+    if code:
+        card.text = card.text.replace("\nimport nanovlm_hf\n", "\n", 1)
+        card.text = card.text.replace(".from_pretrained(folder)", ".from_pretrained(folder, trust_remote_code=True)")
+        card.text = re.sub(
+            r"^If its repository includes the code [^\0]*?\n\n", "", card.text, count=1, flags=re.MULTILINE
+        )
+    try:
+        return str(card)
+    except Exception as error:
+        raise InputError(f"{where}: its metadata cannot be written ({first_line(error)})") from None
+
+
+def _check_metadata(text: str, where: str) -> None:
+    """Check that a card has metadata, without YAML aliases, which can make a short text expand endlessly."""
+    block = re.match(r"---\n(.*?)\n---(?:\n|$)", text, re.DOTALL)
+    if block is None or len(block[1]) > MAX_METADATA or len(re.findall(r"[\[{]", block[1])) > MAX_BRACKETS:
+        raise InputError(f"{where} does not begin with metadata between two lines of ---: {REMEDY}")
+    try:
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block[1], Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{where}: its metadata are not YAML ({first_line(error)})") from None
+    if aliases:
+        raise InputError(f"{where}: its metadata contain a YAML alias (*): write out the value")

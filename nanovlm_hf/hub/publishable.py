@@ -1,0 +1,116 @@
+"""The files of a checkpoint folder that are published, and the check that they hold nothing private."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+
+from huggingface_hub import get_token
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from ..errors import InputError, holds_secret, scrub
+from ..files import read_text
+
+# Files that `save_pretrained`, training and the card write. No others are published, as folders of runs also hold
+# optimizer states, notebooks and `.env` files.
+NAMES = frozenset(
+    (
+        *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+        *("merges.txt", "preprocessor_config.json", "processor_config.json", "chat_template.jinja"),
+        *("README.md", "metrics.json", "metrics.jsonl", "evaluation.json", "training_args.yaml", "loss.png"),
+    )
+)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_HOME = re.compile(r"(?<![\w.])(?:/root\b|/(?:home|Users)/[\w.-]|[A-Za-z]:\\+Users\\+[\w.-])")
+# A vocabulary may hold any piece of text, such as the beginning of a path.
+_VOCABULARIES = frozenset(("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"))
+MAX_TEXT = 50_000_000  # bytes of a text file
+SHOWN = 10  # names in a message
+
+
+def publishable(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Divide the content of a checkpoint folder into files that are published and others.
+
+    Returns:
+        The files that may be published, by name, with links resolved; and the names of everything else.
+
+    Raises:
+        InputError: if a file to publish is a link out of the folder, is not a regular file, or holds a token or the
+            path of a home directory.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
+    chosen = {path.name: _regular(path) for path in paths if _is_listed(path.name)}
+    skipped = [f"{path.name}/" if path.is_dir() else path.name for path in paths if not _is_listed(path.name)]
+    for name, path in chosen.items():
+        _check_private(folder / name, path)
+    return chosen, skipped
+
+
+def skipped_line(skipped: list[str]) -> str:
+    """Return a line that names the files that are not published."""
+    more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    return f"not published: {', '.join(scrub(name, 80) for name in skipped[:SHOWN])}{more}"
+
+
+def _is_listed(name: str) -> bool:
+    return name in NAMES or _SHARD.fullmatch(name) is not None
+
+
+def _regular(path: Path) -> Path:
+    """Return the path of a listed file with links resolved: in its own folder, or in the blobs of the Hub's cache."""
+    try:
+        target = path.resolve(strict=True)
+        mode = target.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'a cycle of links'})") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file")
+    if path.is_symlink() and not _may_link_to(path.parent.resolve(), target):
+        raise InputError(f"{path}: a link out of this folder: replace it by the file")
+    return target
+
+
+def _may_link_to(folder: Path, target: Path) -> bool:
+    if target.parent == folder:
+        return _is_listed(target.name)
+    # A snapshot in the Hub's cache consists of links to the blobs of its repository.
+    if folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs":
+        return True
+    return target.parent.name == "blobs" and target.is_relative_to(Path(HF_HUB_CACHE).resolve())
+
+
+def _check_private(shown: Path, path: Path) -> None:
+    name = shown.name
+    if name == "loss.png":
+        with path.open("rb") as file:
+            if file.read(8) != b"\x89PNG\r\n\x1a\n":
+                raise InputError(f"{shown}: not a PNG image: remove it, or plot it again")
+        return
+    text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
+    token = get_token()
+    if holds_secret(text) or (token is not None and len(token) >= 8 and token in text):
+        raise InputError(f"{shown}: it contains a token, key or password: remove it before publishing")
+    home = str(Path.home())
+    if name not in _VOCABULARIES and (_HOME.search(text) or (home.count("/") > 1 and f"{home}/" in text)):
+        raise InputError(f"{shown}: it contains the path of a home directory: remove it before publishing")
+
+
+def _text(shown: Path, path: Path) -> str:
+    if path.stat().st_size > MAX_TEXT:
+        raise InputError(f"{shown}: larger than {MAX_TEXT // 10**6} MB: remove it")
+    try:
+        return read_text(path)
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), str(shown))) from None
+
+
+def _header(path: Path) -> str:
+    """Return the JSON header of a safetensors file, which may hold any metadata; loading checks whether it is valid."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, MAX_TEXT)).decode("utf-8", "replace")

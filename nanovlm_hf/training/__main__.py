@@ -1,0 +1,28 @@
+"""Train a NanoVLM: `accelerate launch -m nanovlm_hf.training --config mini_short --dataset data`."""
+
+import sys
+
+from ..errors import InputError, UsageError, report
+from .arguments import read_arguments
+from .loop import train
+from .signals import StoppedError
+
+
+def main() -> int:
+    try:
+        arguments = read_arguments(sys.argv[1:])
+    except InputError as error:
+        return report("train.py", UsageError(str(error)))
+    try:
+        run = train(arguments)
+    except StoppedError as stop:
+        print("train.py: stopped, the state is saved: --resume auto continues", file=sys.stderr)
+        return 128 + stop.args[0]
+    except (Exception, KeyboardInterrupt) as error:
+        return report("train.py", error)
+    print(f"done: {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

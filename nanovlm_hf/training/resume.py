@@ -1,0 +1,62 @@
+"""Which state a run resumes from, and whether it belongs to the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .run_directory import RunDirectory
+from .run_record import RECORD, read_record
+from .states import PROGRESS
+
+# All other fields must stay the same. For `mixed_precision`, the value that it resolves to is compared.
+FREE_TO_CHANGE = ("resume", "overwrite", "output_dir", "save_total_limit", "trackers", "mixed_precision")
+
+
+def find_state(resume: str | None, folder: RunDirectory) -> Path | None:
+    """Return the state that the field `resume` asks for; None if it is unset, or `auto` and there is no state.
+
+    Raises:
+        InputError: if there is no state in the folder that it names.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        states = folder.states()
+        return states[-1] if states else None
+    if not (Path(resume) / PROGRESS).exists():
+        raise InputError(f"resume: there is no state in {resume}: give auto, or a folder states/step-...")
+    return Path(resume)
+
+
+def check_same_run(record: dict[str, Any], folder: RunDirectory, state: Path) -> None:
+    """Raise InputError unless the run in `folder` and the run of `state` are the one that `record` describes."""
+    # A state that was copied alone has no record; the state of this folder must have one.
+    paths = {folder.path / RECORD, state.parent.parent / RECORD}
+    earlier = [read_record(path) for path in sorted(paths) if path.exists()]
+    if not earlier and record["arguments"]["resume"] == "auto":
+        raise InputError(f"resume: {folder.path / RECORD} is missing: restore it, or start a new run")
+    for before in earlier:
+        _check_same_record(record, before)
+
+
+def _check_same_record(record: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, value in record["arguments"].items():
+        was = before["arguments"].get(name, value)
+        if value != was and name not in FREE_TO_CHANGE:
+            raise InputError(f"resume: {name} was {was} and is {value} now: keep the value, or start a new run")
+    if before.get("processes", record["processes"]) != record["processes"]:
+        raise InputError(
+            f"resume: {before['processes']} processes trained before, {record['processes']} do now: use the same "
+            "number, or start a new run"
+        )
+    # Records that are older than the value `auto` hold the field alone.
+    used = record["mixed_precision"]
+    was = before.get("mixed_precision", before["arguments"].get("mixed_precision", used))
+    if used != was:
+        raise InputError(
+            f"resume: mixed_precision was {was} and is {used} now: add --mixed_precision {was}, or start a new run"
+        )
+    if before.get("data") != record["data"]:
+        raise InputError("resume: the dataset is not the one that the run started with: start a new run")

@@ -1,0 +1,113 @@
+"""Completions of some validation images during training: `samples.jsonl` and the page `samples.html`."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..evaluation.originality import rouge_tokens
+from ..files import atomic_write
+from ..modeling_nanovlm import NanoVLMForConditionalGeneration
+from ..processing_nanovlm import NanoVLMProcessor
+from .run_directory import SAMPLES_PAGE, RunDirectory
+from .setup import Split, Splits, generation_config
+from .streaming import StreamedSplit
+
+COMPLETIONS = 32  # images that are completed, to measure coherence
+SAMPLES = 8  # of them, completions that are written
+PREFIX_WORDS = 4
+
+
+class Completion(NamedTuple):
+    """The completion of a description's first words.
+
+    Attributes:
+        text: prefix and completion.
+        added: the completion alone.
+        reference: the whole description.
+    """
+
+    image_id: int
+    prefix: str
+    text: str
+    added: str
+    reference: str
+
+
+def known_words(splits: Splits) -> set[str]:
+    """Return the words of the first source's training texts; those of the validation texts if training streams."""
+    split = splits["validation" if isinstance(splits["train"], StreamedSplit) else "train"]
+    tokenizer = split.texts.tokenizer
+    texts = tokenizer.batch_decode([texts[0][:-1] for texts in split.texts.ids[split.texts.names[0]] if texts])
+    return {word for text in texts for word in rouge_tokens(text)}
+
+
+@torch.no_grad()
+def complete(model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, split: Split) -> list[Completion]:
+    """Complete the descriptions of the first images of a split; the model is in evaluation mode."""
+    rows = list(range(min(COMPLETIONS, len(split))))
+    tokenizer = processor.tokenizer
+    references = [tokenizer.decode(split.texts.ids[split.texts.names[0]][row][0][:-1]) for row in rows]
+    prefixes = [" ".join(reference.split()[:PREFIX_WORDS]) for reference in references]
+    images = [Image.fromarray(np.array(split.images[row])) for row in rows]
+    inputs = processor(images=images, text=prefixes, return_tensors="pt").to(model.device)
+    tokens = model.generate(**inputs, generation_config=generation_config(model.config))
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    added = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    image_ids = [split.image_ids[row] for row in rows]
+    return list(map(Completion, image_ids, prefixes, texts, added, references))
+
+
+def write_samples(run: RunDirectory, step: int, completions: list[Completion]) -> None:
+    """Append the first completions to `samples.jsonl`."""
+    names = ("image_id", "prefix", "text", "reference")
+    run.add_samples([{"step": step} | {name: getattr(one, name) for name in names} for one in completions[:SAMPLES]])
+
+
+def write_page(run: RunDirectory, split: Split) -> None:
+    """Write `samples.html`: the images of `samples.jsonl`, and below each its completions over time.
+
+    The page contains the images, so it stays in the run's folder, which git ignores.
+    """
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for row in run.samples():
+        if row["image_id"] in split.image_ids:
+            by_image.setdefault(row["image_id"], []).append(row)
+    columns = []
+    for image_id, rows in by_image.items():
+        buffer = io.BytesIO()
+        Image.fromarray(np.array(split.images[split.image_ids.index(image_id)])).save(buffer, "WEBP", quality=60)
+        source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        lines = "".join(
+            f"<p><small>step {row['step']}</small><br><b>{html.escape(row['prefix'])}</b>"
+            f"{html.escape(row['text'][len(row['prefix']) :])}</p>"
+            for row in rows
+        )
+        columns.append(
+            f'<section><img src="{source}" alt="image {image_id}"><p><i>{html.escape(rows[0]["reference"])}</i></p>'
+            f"{lines}</section>"
+        )
+    with atomic_write(run.path / SAMPLES_PAGE) as file:
+        file.write(_PAGE.replace("TITLE", html.escape(run.path.name)).replace("COLUMNS", "".join(columns)))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>TITLE: completions during training</title>
+<style>
+:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }
+main { display: flex; gap: 1.5em; overflow-x: auto; align-items: flex-start }
+section { flex: 0 0 224px }
+img { width: 224px; height: 224px; border-radius: 6px }
+small { opacity: .6 }
+</style>
+<h1>TITLE</h1><p>Above: the reference description. Below: the completion at each evaluation.</p>
+<main>COLUMNS</main>
+</html>
+"""
