@@ -1,99 +1,56 @@
-"""Asking many requests at once: bounded in number, in time and in money, and patient with a busy endpoint.
+"""Send many requests concurrently, within limits on their number, time and cost, and with retries.
 
-The `openai` package sends and parses. Its own retries are switched off because a whole pool of requests has to wait
-when one of them is told to, and because a body that is no JSON is worth another try here as well.
+The `openai` package sends them. Its own retries are disabled because all requests have to wait when one of them is told
+to, and its parsing because it accepts any JSON as a reply.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx2
 import openai
-from openai.types.chat import ChatCompletion
 
-from ..errors import InputError, UsageError, first_line
-from .prices import Price, estimate_tokens
+from ..errors import InputError, Interrupt, Terminated, first_line, scrub
+from .answers import Reply, all_thinking, read_answer
+from .complaints import MAX_SHOWN, ComplaintError
+from .endpoint import Endpoint, EndpointError
+from .prices import Price, most_tokens
+from .refusals import Refusals
 from .replies import ChatRequest, ReplyStore
+from .transport import AsyncBoundedClient
 
-OPENAI_BASE_URL = "https://api.openai.com/v1"
-LONGEST_PAUSE = 60.0  # seconds between two tries
-RATE_LIMIT_PATIENCE = 900.0  # seconds that a request waits because the endpoint says so
-GIVE_UP_AFTER = 5  # requests in a row of which no try was answered: then the endpoint is down, not a request unlucky
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where to ask, and how patiently.
-
-    Attributes:
-        model: its name at the endpoint.
-        base_url: of an OpenAI-compatible API; `OPENAI_BASE_URL` or OpenAI's own if not given.
-        concurrency: requests under way at a time.
-        timeout: seconds that one try may take.
-        tries: how often a request is sent before it counts as unanswered.
-        price: what its tokens cost, or None where nobody said.
-        max_cost: US dollars that all replies in the folder together may cost.
-    """
-
-    model: str
-    base_url: str = field(default_factory=lambda: os.environ.get("OPENAI_BASE_URL") or OPENAI_BASE_URL)
-    concurrency: int = 16
-    timeout: float = 60.0
-    tries: int = 6
-    price: Price | None = None
-    max_cost: float | None = None
-
-    def __post_init__(self) -> None:
-        if urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise UsageError(f"--base-url {self.base_url}: it must begin with http:// or https://")
-        if self.max_cost is not None and self.price is None:
-            raise UsageError(f"--max-cost: the price of {self.model} is not known: add --price INPUT OUTPUT")
-
-    @property
-    def api_key(self) -> str:
-        """`OPENAI_API_KEY`; other endpoints than OpenAI's may need none.
-
-        Raises:
-            UsageError: if there is none and OpenAI is asked.
-        """
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not key and urlsplit(self.base_url).hostname == urlsplit(OPENAI_BASE_URL).hostname:
-            raise UsageError("OPENAI_API_KEY is not set: export it, or name another endpoint with --base-url")
-        return key or "none"
-
-
-def most_tokens(messages: list[dict[str, Any]], parameters: dict[str, Any]) -> tuple[int, int]:
-    """What a request may use at most: tokens in, about and rather too many, and tokens out."""
-    # 4,096 where the user lifted the limit: more than any reply that would be kept.
-    return 2 * estimate_tokens(messages), parameters.get("max_completion_tokens") or 4096
+LONGEST_PAUSE = 60.0  # seconds between two attempts
+RATE_LIMIT_PATIENCE = 900.0  # seconds that a request waits on the endpoint's instruction
+GIVE_UP_AFTER = 5  # consecutive requests without any response, after which the endpoint counts as down
+LAST_REPLIES = 30.0  # seconds granted to requests in flight when the run ends early; at most the timeout
+LAST_REPLIES_INTERRUPTED = 10.0  # seconds granted to requests in flight after Ctrl-C or SIGTERM
+ALL_THINKING = 20  # end the run if so many first replies reach the token limit before their text begins
 
 
 @dataclass
 class Outcome:
-    """What became of a run of requests.
+    """Outcome of a run of requests.
 
     Attributes:
-        unanswered: why a request has no reply, by its key, for those that were tried.
-        stopped: why the rest was not tried, or None.
-        retries: tries beyond the first.
+        unanswered: reason why a request that was sent has no reply, by its key.
+        stopped: reason why the remaining requests were not sent, or None.
+        retries: number of attempts beyond the first.
+        error: that ended the run early, for the caller to raise after writing its results: `EndpointError`, or one of
+            `errors.Interrupt` for Ctrl-C and SIGTERM.
     """
 
     unanswered: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
     retries: int = 0
-
-
-class EndpointError(InputError):
-    """The endpoint cannot serve any request: a wrong key, an unknown model, no answer at all."""
+    error: BaseException | None = None
 
 
 def ask_all(
@@ -101,180 +58,255 @@ def ask_all(
     requests: Iterable[ChatRequest],
     store: ReplyStore,
     progress: Callable[[float | None], None] = lambda cost: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Asks what the store has no reply to, and stores each reply as it comes.
+    """Send the requests that have no stored reply, and store each reply on arrival.
 
     Args:
-        progress: called after each request with the US dollars that the folder's replies cost.
+        endpoint: that the requests are sent to.
+        requests: to send, unless the store holds their replies.
+        store: of the replies.
+        progress: called after each request with the cost in US dollars of all replies in the folder.
+        say: called with a line for the user.
 
     Raises:
-        EndpointError: if the endpoint can serve no request; the replies that came before it are stored.
         OSError: if a reply cannot be written.
     """
-    return asyncio.run(_Run(endpoint, store, progress).run(requests))
+    return asyncio.run(_Run(endpoint, store, progress, say).run(requests))
 
 
 class _Run:
-    def __init__(self, endpoint: Endpoint, store: ReplyStore, progress: Callable[[float | None], None]):
-        self.endpoint, self.store, self.progress = endpoint, store, progress
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        store: ReplyStore,
+        progress: Callable[[float | None], None],
+        say: Callable[[str], None],
+    ):
+        self.endpoint, self.store, self.progress, self.say = endpoint, store, progress, say
         self.outcome = Outcome()
-        self.resume_at = 0.0  # when the endpoint will take requests again, by its own word
-        self.reserved = 0.0  # US dollars that the requests under way may cost at most
-        self.settled = asyncio.Event()
+        self.refusals = Refusals(endpoint, store)
+        self.resume_at = 0.0  # when the endpoint accepts requests again, as it says
+        self.reserved = 0.0  # maximum cost in US dollars of the requests in flight
+        self.in_flight = 0
+        self.settled = asyncio.Event()  # set whenever a request is no longer in flight
+        self.ending = asyncio.Event()  # set when no more requests are to be sent
+        self.problem: BaseException | None = None  # why the run ends
         self.unanswered_in_a_row = 0
+        self.thinking: int | None = 0  # replies without text so far; None once one has text
+        self.workers: list[asyncio.Task] = []
 
     async def run(self, requests: Iterable[ChatRequest]) -> Outcome:
         missing = (request for request in requests if request.key not in self.store)
-        # aiohttp takes two thirds of the time of httpx2 for a request, and is there already: `datasets` needs it.
-        http_client = openai.DefaultAioHttpClient()
         async with openai.AsyncOpenAI(
             api_key=self.endpoint.api_key,
             base_url=self.endpoint.base_url,
-            timeout=self.endpoint.timeout,
+            timeout=None,  # `asyncio.timeout` bounds an attempt as a whole
             max_retries=0,
-            http_client=http_client,
+            http_client=AsyncBoundedClient(),
         ) as client:
-            workers = [asyncio.create_task(self._work(client, missing)) for _ in range(self.endpoint.concurrency)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+            self.workers = [asyncio.create_task(self._work(client, missing)) for _ in range(self.endpoint.concurrency)]
+            with _signals(self._interrupt):
+                await self._finish()
+        error = self.refusals.end()
+        if self.problem is None:
+            self.problem = error
+        if self.problem is not None and not isinstance(self.problem, (EndpointError, *Interrupt)):
+            raise self.problem
+        self.outcome.error = self.problem
         return self.outcome
 
-    async def _work(self, client: openai.AsyncOpenAI, requests: Iterable[ChatRequest]) -> None:
-        for request in requests:  # one iterator, shared by all workers
-            most = 0.0
-            if self.endpoint.max_cost is not None:
-                most = self.endpoint.price.cost(*most_tokens(request.messages, request.parameters))
-                if not await self._reserve(most):
-                    return
-            try:
-                reply = await self._ask(client, request)
-                if reply is not None:
-                    self.store.add(request, reply)
-            finally:
-                self.reserved -= most
-                self.settled.set()
-            self.progress(spent(self.endpoint.price, self.store))
+    async def _finish(self) -> None:
+        """Wait for the workers; when the run ends early, requests in flight get a bounded time."""
+        ending = asyncio.create_task(self.ending.wait())
+        working = asyncio.gather(*self.workers, return_exceptions=True)
+        await asyncio.wait((ending, working), return_when=asyncio.FIRST_COMPLETED)
+        interrupted = isinstance(self.problem, Interrupt)
+        seconds = LAST_REPLIES_INTERRUPTED if interrupted else min(self.endpoint.timeout, LAST_REPLIES)
+        await asyncio.wait(self.workers, timeout=seconds)
+        for task in (ending, *self.workers):
+            task.cancel()
+        await asyncio.gather(ending, working, return_exceptions=True)
 
-    async def _reserve(self, most: float) -> bool:
-        """Waits until a request is surely affordable; False if it never will be."""
-        while self.outcome.stopped is None:
-            if spent(self.endpoint.price, self.store) + self.reserved + most <= self.endpoint.max_cost:
+    def _end(self, problem: BaseException) -> None:
+        """Send no more requests; only the first problem is reported."""
+        self.problem = self.problem or problem
+        self.ending.set()
+        self.settled.set()
+
+    def _interrupt(self, number: int) -> None:
+        if self.ending.is_set():  # the second signal: requests in flight are lost
+            for worker in self.workers:
+                worker.cancel()
+            return
+        self._end(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        self.say(f"stopping: {self.in_flight} requests in flight have {LAST_REPLIES_INTERRUPTED:g} s to finish")
+
+    async def _work(self, client: openai.AsyncOpenAI, requests: Iterable[ChatRequest]) -> None:
+        try:
+            for request in requests:  # one iterator, shared by all workers
+                most = 0.0
+                if self.endpoint.max_cost is not None:
+                    most = self.endpoint.price.cost(*most_tokens(request.messages, request.parameters))
+                if not await self._may_send(most):
+                    return
+                try:
+                    reply = await self._ask(client, request)
+                    if reply is not None:
+                        self._take(request, reply)
+                finally:
+                    self.reserved -= most
+                    self.in_flight -= 1
+                    self.settled.set()
+                self.progress(spent(self.endpoint.price, self.store))
+        except Exception as problem:
+            self._end(problem)
+
+    def _take(self, request: ChatRequest, reply: Reply) -> None:
+        fields = reply.model_dump()
+        estimated = self.store.estimated
+        self.store.add(request, fields)
+        self.refusals.success()
+        self.unanswered_in_a_row = 0
+        if self.endpoint.price is not None and estimated == 0 < self.store.estimated:
+            self.say("the endpoint does not count all tokens: the cost is estimated from the lengths of the texts")
+        if not all_thinking(fields):
+            self.thinking = None
+        elif self.thinking is not None:
+            self.thinking += 1
+            if self.thinking >= ALL_THINKING:
+                self._end(EndpointError(thinking_problem(self.endpoint, self.thinking)))
+
+    async def _may_send(self, most: float) -> bool:
+        """Wait until a request is certainly affordable and can be answered; return whether to send it."""
+        while not self.ending.is_set() and self.outcome.stopped is None:
+            affordable = self.endpoint.max_cost is None or (
+                spent(self.endpoint.price, self.store) + self.reserved + most <= self.endpoint.max_cost
+            )
+            if affordable and not self.refusals.all_refused:
                 self.reserved += most
+                self.in_flight += 1
                 return True
-            if self.reserved <= 1e-12:  # nothing under way whose real cost could leave room
-                self.outcome.stopped = f"--max-cost {self.endpoint.max_cost:g} is reached"
-                self.settled.set()
+            if self.in_flight == 0:  # no request in flight that could free budget or be answered
+                if affordable:
+                    self._end(self.refusals.end())
+                else:
+                    self.outcome.stopped = f"--max-cost {self.endpoint.max_cost:g} is reached"
+                    self.settled.set()
                 break
             self.settled.clear()
             await self.settled.wait()
         return False
 
-    async def _ask(self, client: openai.AsyncOpenAI, request: ChatRequest) -> dict[str, Any] | None:
-        problem, tries, began = "", 0, time.monotonic()
+    async def _ask(self, client: openai.AsyncOpenAI, request: ChatRequest) -> Reply | None:
+        problem, attempts, began = "", 0, time.monotonic()
         while True:
-            await asyncio.sleep(max(0.0, self.resume_at - time.monotonic()))
-            pause = min(LONGEST_PAUSE, 0.5 * 2**tries) * random.uniform(0.75, 1.25)
-            tries += 1
+            await self._sleep(self.resume_at - time.monotonic())
+            if self.ending.is_set():
+                if problem:
+                    self.outcome.unanswered[request.key] = problem
+                return None
+            pause = min(LONGEST_PAUSE, 0.5 * 2**attempts) * random.uniform(0.75, 1.25)
+            attempts += 1
+            parameters = self.endpoint.dialect.translate(request.parameters)
+            body = {"model": self.endpoint.model, "messages": request.messages} | parameters
             try:
-                # As `client.chat.completions.create` without its walk through every field, a fifth of a request's time.
-                body = {"model": self.endpoint.model, "messages": request.messages} | request.parameters
-                completion = await client.post("/chat/completions", cast_to=ChatCompletion, body=body)
-                reply = reply_of(completion)
-                self.unanswered_in_a_row = 0
-                return reply
-            except openai.RateLimitError as error:
-                stop_if_hopeless(error, self.endpoint)
-                problem = "429: too many requests"
-                wait = _retry_after(error.response)
-                if wait is not None and time.monotonic() + wait - began < RATE_LIMIT_PATIENCE:
-                    # Everybody waits, since more requests would only be refused too; being told to is no failed try.
-                    self.resume_at = max(self.resume_at, time.monotonic() + wait)
-                    tries -= 1
-                    pause = random.uniform(0.0, 0.5)  # not all at once after it
-            except openai.APIStatusError as error:
-                stop_if_hopeless(error, self.endpoint)
-                problem = f"{error.status_code}: {one_line(error)}"
-                if error.status_code < 500 and error.status_code not in (408, 409):
-                    break  # this request is at fault: it would be refused again
-                pause = max(pause, min(LONGEST_PAUSE, _retry_after(error.response) or 0.0))
-            except openai.APITimeoutError:
+                async with asyncio.timeout(self.endpoint.timeout):
+                    return await _post(client, body)
+            except ComplaintError as complaint:
+                problem = str(complaint)
+                if error := self.endpoint.error_for_all(complaint):
+                    self.outcome.unanswered[request.key] = problem
+                    self._end(error)
+                    return None
+                if self.endpoint.dialect.learn(complaint, body, self.say):
+                    attempts -= 1
+                    continue
+                if complaint.refuses:
+                    self.unanswered_in_a_row = 0  # the endpoint responds
+                    self.refusals.add(request, complaint)
+                    return None
+                wait = complaint.retry_after
+                if wait is not None:
+                    wait = min(wait, LONGEST_PAUSE)
+                    if complaint.status != 429:
+                        pause = max(pause, wait)
+                    elif time.monotonic() + wait - began < RATE_LIMIT_PATIENCE:
+                        # All requests wait, since more of them would be rejected too; this is not a failed attempt.
+                        self.resume_at = max(self.resume_at, time.monotonic() + wait)
+                        attempts -= 1
+                        pause = random.uniform(0.0, 0.5)  # spread the requests afterwards
+            except TimeoutError:
                 problem = f"no reply in {self.endpoint.timeout:g} s"
-            except openai.APIConnectionError as error:
-                problem = one_line(error.__cause__ or error)
-            except (openai.APIError, ValueError) as error:
-                problem = f"a reply that cannot be read ({one_line(error)})"
-            if tries >= self.endpoint.tries:
+            except InputError as error:
+                problem = scrub(str(error), MAX_SHOWN)
+            if attempts >= self.endpoint.tries:
                 break
             self.outcome.retries += 1
-            await asyncio.sleep(pause)
+            await self._sleep(pause)
         self.outcome.unanswered[request.key] = problem
         self.unanswered_in_a_row += 1
         if self.unanswered_in_a_row >= GIVE_UP_AFTER:
-            raise EndpointError(
-                f"{self.endpoint.base_url}: {GIVE_UP_AFTER} requests in a row had no reply ({problem}): "
-                "nothing is lost, run again when it answers"
+            self._end(
+                EndpointError(
+                    f"{self.endpoint.address}: {GIVE_UP_AFTER} requests in a row had no reply ({problem}): "
+                    "run again to resume when it responds"
+                )
             )
         return None
 
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep for this time, or until the run ends."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.ending.wait(), seconds)
 
-def reply_of(completion: Any) -> dict[str, Any]:
-    """The part of a chat completion that is stored.
+
+async def _post(client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
+    """Send a request once.
 
     Raises:
-        ValueError: if it is none.
+        ComplaintError: if the endpoint rejects the request.
+        InputError: if it cannot be reached, or its response cannot be parsed.
     """
-    choices = getattr(completion, "choices", None)
-    if not choices or choices[0].message is None:
-        raise ValueError("no choices in it")
-    choice, usage = choices[0], completion.usage
-    return {
-        "text": choice.message.content or "",
-        "finish_reason": choice.finish_reason,
-        "refusal": getattr(choice.message, "refusal", None),
-        "usage": usage
-        and {"prompt_tokens": usage.prompt_tokens or 0, "completion_tokens": usage.completion_tokens or 0},
-        "model": completion.model,
-        "id": completion.id,
-    }
+    try:
+        # Like `client.chat.completions.create` without its traversal of every field, a fifth of a request's time.
+        response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
+    except openai.APIStatusError as error:
+        response = error.response
+    except openai.APIConnectionError as error:
+        raise InputError(first_line(error.__cause__ or error)) from None
+    except Exception as error:  # whatever error a server can trigger in an HTTP library
+        raise InputError(f"a reply that cannot be read ({first_line(error)})") from None
+    return read_answer(response.status_code, response.content, response.headers)
+
+
+@contextlib.contextmanager
+def _signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call a function in the running event loop on Ctrl-C and SIGTERM."""
+    loop = asyncio.get_running_loop()
+    before = {}
+    with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not the main thread, or Windows
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            loop.add_signal_handler(number, handle, number)
+            before[number] = handler
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 def spent(price: Price | None, store: ReplyStore) -> float | None:
-    """US dollars that the stored replies cost, or None without a price."""
+    """Return the cost of the stored replies in US dollars, or None without a price."""
     return None if price is None else price.cost(store.prompt_tokens, store.completion_tokens)
 
 
-def stop_if_hopeless(error: openai.APIStatusError, endpoint: Endpoint) -> None:
-    """Raises `EndpointError` for an answer that no patience mends: of the key, the model or the account."""
-    # What the endpoint says of a key may hold a part of it: that is not repeated.
-    if isinstance(error, openai.AuthenticationError):
-        raise EndpointError(f"OPENAI_API_KEY: {endpoint.base_url} does not accept it (401)") from None
-    if isinstance(error, openai.PermissionDeniedError):
-        raise EndpointError(f"OPENAI_API_KEY: it may not use {endpoint.model} at {endpoint.base_url} (403)") from None
-    if isinstance(error, openai.NotFoundError):
-        raise EndpointError(
-            f"--model {endpoint.model}: {endpoint.base_url} does not know it (404: {one_line(error)})"
-        ) from None
-    if error.code == "insufficient_quota":
-        raise EndpointError(f"{endpoint.base_url}: the account has no credit left (429)") from None
-
-
-def _retry_after(response: Any) -> float | None:
-    """Seconds that the endpoint asks to wait: a number, or the time of an HTTP date."""
-    value = response.headers.get("retry-after")
-    if value is None:
-        return None
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(value))
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind, short enough for a terminal."""
-    message = first_line(error)
-    return message if len(message) <= 200 else message[:197] + "..."
+def thinking_problem(endpoint: Endpoint, replies: int) -> str:
+    """Return the message for when all replies so far reached the token limit before their text began."""
+    return (
+        f"{scrub(endpoint.model)}: the first {replies} replies have no text because the model spends the token limit "
+        "on reasoning: raise --max-completion-tokens"
+    )

@@ -1,32 +1,36 @@
-"""The file of all replies: one line each, appended and flushed before anything else happens, never asked for twice."""
+"""The store of replies and refusals: each is on the disk before it is used, and no request is paid for twice."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from ..errors import InputError, scrub
+from ..files import locked
+from .answers import Reply
+from .complaints import ComplaintError
+from .journal import Journal, key_of
+from .prices import BATCH_DISCOUNT, estimate_reply, estimate_tokens
 
-from ..errors import InputError
-from .prices import BATCH_DISCOUNT
+REFUSAL = "refusal"  # also the name of the gate for replies that decline
+REFUSED_BY_ENDPOINT = "refused_by_endpoint"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One request for one reply.
+    """A request for one reply.
 
     Attributes:
-        fingerprint: hash of everything the reply depends on, by `fingerprint_of`.
-        attempt: from 1; a reply that was no good is asked for again under the next number.
-        messages: as the chat completions API takes them.
-        parameters: sampling parameters, likewise (`temperature`, `max_completion_tokens`, ...).
-        about: what the reply is for (an image id, say), written beside it.
+        fingerprint: hash of everything that determines the reply (`fingerprint_of`).
+        attempt: number of the attempt, from 1; a rejected reply is requested again with the next number.
+        messages: messages of the chat completions API.
+        parameters: sampling parameters of the API (`temperature`, `max_completion_tokens`, ...).
+        about: what the reply is for, such as an image id; stored with the reply.
     """
 
     fingerprint: str
@@ -37,110 +41,152 @@ class ChatRequest:
 
     @property
     def key(self) -> str:
-        """Names the request, in the file and in a batch (at most 64 characters)."""
+        """Key of the request in the store and in a batch (at most 64 characters)."""
         return f"{self.fingerprint}-{self.attempt}"
 
 
 def fingerprint_of(model: str, parameters: dict[str, Any], messages: list[dict[str, Any]]) -> str:
-    """128 bits in hexadecimal over the model's name, the sampling parameters and the messages."""
+    """Return a 128-bit hash of the model's name, the sampling parameters and the messages, in hexadecimal."""
     content = json.dumps([model, parameters, messages], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _reply_in(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Reply` in a row.
+
+    Raises:
+        ValueError: if the text has an unknown format.
+    """
+    fields = Reply.model_validate(row).model_dump()
+    if not fields["usage"]["estimated"]:
+        del fields["usage"]["estimated"]
+    return fields
 
 
 class ReplyStore:
-    """`replies.jsonl` in a folder that this process alone works on.
+    """`replies.jsonl` and `refused.jsonl` in a folder that only this process uses.
 
-    Each line holds `fingerprint`, `attempt`, what the request was about, `text`, `finish_reason`, `refusal`, `usage`,
-    `model` (as the endpoint names it), `id`, `time`, and `batch` if it came at the batch price. In memory are only the
-    lines' places in the file.
+    Each line of `replies.jsonl` holds `fingerprint`, `attempt`, the request's `about`, `text`, `finish_reason`,
+    `refusal`, `usage` (with `estimated` if the endpoint did not count), `model` (the endpoint's name for it), `id`,
+    `time`, and `batch` if it was billed at the batch price.
+
+    Each line of `refused.jsonl` holds a request that the endpoint would refuse again: `reason`, `status`, `problem` and
+    `final`, which is false if every request was refused, so that a setting may be the cause. Remove the line to send
+    the request again.
 
     Args:
-        folder: made if it is not there.
+        folder: folder, created if necessary.
 
     Attributes:
-        prompt_tokens, completion_tokens: of all replies, those of batches counted at their share of the price.
+        prompt_tokens: tokens of all requests; those of batches are weighted by their share of the price.
+        completion_tokens: tokens of all replies, weighted likewise.
+        estimated: number of replies with estimated instead of reported tokens.
 
     Raises:
-        InputError: if another process works on the folder, or a line that is not the last is damaged.
+        InputError: if another process uses the folder, or a line other than the last is damaged.
     """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / "replies.jsonl"
         self.prompt_tokens = 0.0
         self.completion_tokens = 0.0
-        self._places: dict[str, int] = {}
+        self.estimated = 0
+        self._final: set[str] = set()
+        self._suspected: set[str] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # The operating system lets go of the lock when the process ends, however it ends.
-        self._lock = FileLock(self.path.with_suffix(".lock"))
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(f"{folder}: another run works on this folder: wait for it or name another") from None
-        try:
-            self._out = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            self._in = self.path.open("rb")
-            self._read()
-        except BaseException:
-            self._lock.release()
-            raise
+        busy = f"{folder}: another run is using this folder: wait for it or name another folder"
+        with ExitStack() as stack:
+            if not stack.enter_context(locked(self.path.with_suffix(".lock"), busy)):
+                raise InputError(f"{folder}: its file system does not support locks: name a folder on another one")
+            self._replies = stack.enter_context(closing(Journal(self.path, self._count)))
+            refused = self.path.with_name("refused.jsonl")
+            self._refusals = stack.enter_context(closing(Journal(refused, self._note_refusal)))
+            self._stack = stack.pop_all()
 
-    def _read(self) -> None:
-        place = 0
-        for number, line in enumerate(self._in, start=1):
-            if not line.endswith(b"\n"):  # the run was killed in the middle of writing this reply
-                os.ftruncate(self._out, place)
-                break
-            try:
-                self._note(json.loads(line), place)
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}: line {number} is no reply: remove the line") from None
-            place += len(line)
-        self._end = place
+    def _count(self, row: dict[str, Any]) -> None:
+        reply = _reply_in(row)
+        usage, share = reply["usage"], BATCH_DISCOUNT if row.get("batch") else 1.0
+        completion = usage["completion_tokens"]
+        if completion is None:  # written by an older version
+            completion = estimate_reply(reply | {"finish_reason": None}, {})
+        self.prompt_tokens += share * (usage["prompt_tokens"] or 0)
+        self.completion_tokens += share * completion
+        self.estimated += "estimated" in usage
 
-    def _note(self, reply: dict[str, Any], place: int) -> None:
-        self._places[f"{reply['fingerprint']}-{reply['attempt']}"] = place
-        usage = reply["usage"] or {}
-        share = BATCH_DISCOUNT if reply.get("batch") else 1.0
-        self.prompt_tokens += share * (usage.get("prompt_tokens") or 0)
-        self.completion_tokens += share * (usage.get("completion_tokens") or 0)
+    def _note_refusal(self, row: dict[str, Any]) -> None:
+        if not isinstance(row.get("reason"), str) or not isinstance(row.get("problem"), str):
+            raise ValueError("not a refusal")
+        (self._final if row.get("final") is True else self._suspected).add(key_of(row))
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        """Return whether a request has a reply or a final refusal."""
+        return key in self._replies.offsets or key in self._final
 
     def __len__(self) -> int:
-        return len(self._places)
+        """Return the number of replies."""
+        return len(self._replies.offsets)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The reply to a request, or None."""
-        place = self._places.get(key)
-        if place is None:
+        """Return the reply to a request, or None."""
+        row = self._replies.get(key)
+        if row is None:
             return None
-        self._in.seek(place)
-        return json.loads(self._in.readline())
+        sent_at = row.get("time")
+        return row | _reply_in(row) | {"time": sent_at if isinstance(sent_at, str) else ""}
+
+    def refusal(self, key: str) -> dict[str, Any] | None:
+        """Return the last refusal of a request, or None."""
+        return self._refusals.get(key)
+
+    def suspected(self, key: str) -> bool:
+        """Return whether a request was refused when all others were refused as well."""
+        return key in self._suspected
 
     def add(self, request: ChatRequest, reply: dict[str, Any]) -> None:
-        """Writes a reply to the disk; one that is there already is not written again.
+        """Write a reply to the disk, unless the request has one.
+
+        Tokens that the endpoint did not report are estimated.
+
+        Args:
+            reply: fields of `Reply`, optionally with `batch`; other fields are ignored.
 
         Raises:
-            OSError: if it cannot be written; what was there before stays whole.
+            OSError: if the reply cannot be written; the file is then unchanged.
         """
-        if request.key in self._places:
+        if request.key in self._replies.offsets:
             return
-        row = {"fingerprint": request.fingerprint, "attempt": request.attempt} | request.about | reply
-        row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        # One unbuffered write: a line is in the file whole, or it is cut off again.
-        if os.write(self._out, line) != len(line):
-            os.ftruncate(self._out, self._end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self._note(row, self._end)
-        self._end += len(line)
+        try:
+            fields = _reply_in(reply)
+        except (ValueError, RecursionError):  # unreadable text; the usage below still counts
+            fields = _reply_in({"text": ""})
+        usage = fields["usage"]
+        if not usage["prompt_tokens"] and request.messages:
+            usage |= {"prompt_tokens": estimate_tokens(request.messages), "estimated": True}
+        if usage["completion_tokens"] is None or (fields["text"] and not usage["completion_tokens"]):
+            usage |= {"completion_tokens": estimate_reply(fields, request.parameters), "estimated": True}
+        self._replies.add(self._row(request, fields | ({"batch": True} if reply.get("batch") else {})))
+
+    def refuse(self, request: ChatRequest, complaint: ComplaintError, final: bool) -> None:
+        """Write that a request was refused.
+
+        Args:
+            final: whether it would be refused again; otherwise a later run sends it once more.
+
+        Raises:
+            OSError: as `add`.
+        """
+        if request.key not in self:
+            reason = REFUSAL if complaint.content_filter else REFUSED_BY_ENDPOINT
+            fields = {"reason": reason, "status": complaint.status, "problem": scrub(str(complaint)), "final": final}
+            self._refusals.add(self._row(request, fields))
+
+    def _row(self, request: ChatRequest, fields: dict[str, Any]) -> dict[str, Any]:
+        names = {"fingerprint": request.fingerprint, "attempt": request.attempt}
+        return names | request.about | names | fields | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
     def close(self) -> None:
-        """Lets others work on the folder."""
-        os.close(self._out)
-        self._in.close()
-        self._lock.release()
+        """Close the files and release the folder."""
+        self._stack.close()
 
     def __enter__(self) -> ReplyStore:
         return self

@@ -1,4 +1,4 @@
-"""Asking at the terminal: progress, and what it would cost."""
+"""Send requests with a progress bar, and print cost estimates."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .client import Endpoint
+from ..errors import scrub
+from .endpoint import Endpoint
 from .replies import ReplyStore
 
 
-def asker(endpoint: Endpoint, store: ReplyStore, batch: bool = False, poll_seconds: float = 30.0) -> Callable[..., Any]:
-    """A function that asks a round of requests, given with their number, under a progress bar."""
+def make_request_fn(
+    endpoint: Endpoint, store: ReplyStore, batch: bool = False, poll_seconds: float = 30.0
+) -> Callable[..., Any]:
+    """Return a function that sends a round of requests under a progress bar.
+
+    The function takes the requests and their number, and returns an `Outcome`.
+
+    Args:
+        endpoint: that the requests are sent to.
+        store: of the replies.
+        batch: use the Batch API.
+        poll_seconds: between two polls of a batch's status.
+    """
     from tqdm import tqdm
 
-    from .batch import ask_all_in_batches
     from .client import ask_all
 
     def ask(requests: Any, total: int) -> Any:
@@ -26,18 +37,20 @@ def asker(endpoint: Endpoint, store: ReplyStore, batch: bool = False, poll_secon
                 bar.update()
 
             def say(line: str) -> None:
-                bar.write(line, file=sys.stderr)
+                bar.write(scrub(line), file=sys.stderr)
 
             if batch:
+                from .batch import ask_all_in_batches
+
                 return ask_all_in_batches(endpoint, requests, store, progress, say, poll_seconds)
-            return ask_all(endpoint, requests, store, progress)
+            return ask_all(endpoint, requests, store, progress, say)
 
     return ask
 
 
 def print_estimate(estimate: dict[str, Any], endpoint: Endpoint) -> None:
-    """Prints calls, tokens and US dollars."""
+    """Print the number of calls and tokens, and the cost in US dollars."""
     cost = estimate["cost"]
-    print(f"{estimate['calls']} calls of {endpoint.model} at {endpoint.base_url}")
-    print(f"about {estimate['prompt_tokens']:,} tokens in and {estimate['completion_tokens']:,} out")
+    print(f"{estimate['calls']} calls of {scrub(endpoint.model)} at {endpoint.address}")
+    print(f"about {estimate['prompt_tokens']:,} input and {estimate['completion_tokens']:,} output tokens")
     print("price unknown: add --price INPUT OUTPUT" if cost is None else f"about ${cost:.2f}")

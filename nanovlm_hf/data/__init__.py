@@ -1,1 +1,1 @@
-"""From photos, captions and descriptions to ShortDesc and LongDesc (section 2.1 of the paper)."""
+"""Data: from images, captions and descriptions to ShortDesc and LongDesc (section 2.1)."""

@@ -1,58 +1,50 @@
-"""From COCO's annotations, or an image folder, to a folder of photos and one `captions.json` that names them."""
+"""Collect images and captions from COCO annotations or an image folder into one folder with a `captions.json`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import requests
-from PIL import Image as PILImage
-from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.util import Retry
 
-from ..errors import InputError, first_line
-from ..files import written_whole
-from .build import jpeg_bytes, original_bytes
-from .sources import Photo, read_all_captions
-from .threads import map_in_order
-
-MOST_BYTES = 64 * 2**20  # of a photo's file
-TRIES = 4  # of a download that breaks off
-CHUNK = 1 << 16
-CAPTION_COLUMNS = ("captions", "caption", "text")
+from ..errors import InputError, scrub
+from ..files import atomic_write, inside, locked, named_disk_errors, parse_json
+from ..images import image_suffix
+from .download import Downloader
+from .encoding import jpeg_bytes, original_bytes
+from .image_folder import read_image_folder
+from .parallel import ordered_parallel_map
+from .sources import ImageRecord, read_all_captions
 
 
 @dataclass
 class IngestSummary:
-    """What came of it.
+    """Result of an ingestion.
 
     Attributes:
-        photos: those in `captions.json`.
-        failed: those in `failed.jsonl`.
+        images: number of images in `captions.json`.
+        failed: number of images in `failed.jsonl`.
     """
 
-    photos: int
+    images: int
     failed: int
 
 
-def choose(photos: list[Photo], limit: int | None, seed: int) -> list[Photo]:
-    """As many photos as asked for, in their order; a seed always takes the same, and a smaller limit some of those."""
-    if limit is None or limit >= len(photos):
-        return photos
+def choose(records: list[ImageRecord], limit: int | None, seed: int) -> list[ImageRecord]:
+    """Return a random subset in the original order; for the same seed, smaller limits select subsets of larger ones."""
+    if limit is None or limit >= len(records):
+        return records
 
-    def place(photo: Photo) -> bytes:
-        return hashlib.sha256(f"{seed}:{photo.image_id}".encode()).digest()
+    def rank(record: ImageRecord) -> bytes:
+        return hashlib.sha256(f"{seed}:{record.image_id}".encode()).digest()
 
-    chosen = {photo.image_id for photo in sorted(photos, key=place)[:limit]}
-    return [photo for photo in photos if photo.image_id in chosen]
+    chosen = {record.image_id for record in sorted(records, key=rank)[:limit]}
+    return [record for record in records if record.image_id in chosen]
 
 
 def ingest_coco(
@@ -64,194 +56,220 @@ def ingest_coco(
     seed: int = 0,
     original: bool = False,
     workers: int = 16,
+    allow_private: bool = False,
 ) -> IngestSummary:
-    """Takes the photos of COCO annotations from a folder, or downloads them from their `coco_url`.
+    """Copy the images of COCO annotations from a folder, or download them from their `coco_url`.
 
-    Writes `images/` (224 x 224 JPEG; `originals/` for the files as they are), `captions.json` with the photos that are
-    there, and `failed.jsonl` with those that are not. A second run fetches only what is missing.
+    Writes `images/` (224 x 224 JPEG) or `originals/`, `captions.json` with the images that were obtained, and
+    `failed.jsonl` with the others. `sources.jsonl` records where each file came from: a second run obtains only images
+    that are missing or whose source has changed.
 
     Args:
-        captions: COCO's `captions_*.json`, one or more.
+        captions: one or more `captions_*.json` files of COCO.
         out: folder to write.
-        images: folder of the photos; None downloads them.
-        limit: how many photos to take.
-        seed: which.
-        original: keep the photos' files as they are.
-        workers: downloads at a time.
+        images: folder of the images; None downloads them.
+        limit: number of images to take; all if None.
+        seed: seed for the selection of images by `limit`.
+        original: keep the image files unchanged.
+        workers: number of concurrent downloads.
+        allow_private: also download from private, loopback and link-local addresses.
 
     Raises:
-        InputError: if the annotations are malformed, the folder is not there, or no photo has an address.
+        InputError: if annotations are malformed, the folder does not exist, no image has an address, another run uses
+            `out`, or the disk is full.
         OSError: if the folder cannot be written.
     """
-    photos = choose(read_all_captions(captions), limit, seed)
+    for path in captions:
+        if Path(path).resolve() == (Path(out) / "captions.json").resolve():
+            raise InputError(f"{path}: would be overwritten: name another --out")
+    records = choose(read_all_captions(captions), limit, seed)
+    if not records:
+        raise InputError(f"{captions[0]}: contains no images")
     if images is not None and not Path(images).is_dir():
-        raise InputError(f"{images}: there is no such folder of photos")
-    if images is None and not any(photo.coco_url for photo in photos):
-        raise InputError(f"{captions[0]}: no photo has a coco_url: name the folder of the photos with --images")
-    local = None if images is None else {photo.image_id: Path(images) / photo.file_name for photo in photos}
-    return _Ingest(Path(out), original).run(photos, local, workers)
+        raise InputError(f"{images}: no such folder of images")
+    if images is None and not any(record.coco_url for record in records):
+        raise InputError(f"{captions[0]}: no image has a coco_url: name the folder of the images with --images")
+    ingest = _Ingest(Path(out), None if images is None else Path(images), original, allow_private)
+    return ingest.run(records, workers)
 
 
 def ingest_image_folder(
     folder: str | Path, out: str | Path, *, limit: int | None = None, seed: int = 0, original: bool = False
 ) -> IngestSummary:
-    """As `ingest_coco`, from an image folder as `datasets` reads it: photos and `metadata.jsonl`, `.csv` or `.parquet`.
-
-    The metadata hold `file_name`, the captions in a column `captions`, `caption` or `text` (a text or a list of them),
-    and may hold an integer `image_id`; without it the id follows from the file's name.
+    """Copy the images and captions of an image folder (`read_image_folder`); arguments and output as `ingest_coco`.
 
     Raises:
-        InputError: if it is no such folder, or an id is there twice.
+        InputError: if the folder is not an image folder or has duplicate ids.
     """
-    photos, local = _read_image_folder(Path(folder))
-    return _Ingest(Path(out), original).run(choose(photos, limit, seed), local, workers=2)
-
-
-def _read_image_folder(folder: Path) -> tuple[list[Photo], dict[int, Path]]:
-    from datasets import Image, load_dataset
-
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder")
-    try:
-        splits = load_dataset("imagefolder", data_dir=str(folder))
-    except Exception as error:  # `datasets` raises many kinds for the one mistake
-        raise InputError(f"{folder}: no image folder that `datasets` reads ({first_line(error)})") from None
-    photos: dict[int, Photo] = {}
-    local: dict[int, Path] = {}
-    for rows in splits.values():
-        column = next((name for name in CAPTION_COLUMNS if name in rows.column_names), None)
-        if column is None:
-            raise InputError(
-                f"{folder}: its metadata have no column captions, caption or text, but {', '.join(rows.column_names)}"
-            )
-        for row in rows.cast_column("image", Image(decode=False)):
-            path = Path(row["image"]["path"])
-            name = str(path.relative_to(folder.absolute()))
-            image_id = row.get("image_id")
-            if image_id is None:
-                image_id = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
-            if not isinstance(image_id, int):
-                raise InputError(f"{folder}: {name}: 'image_id' must be a whole number, not {image_id!r}")
-            if image_id in photos:
-                raise InputError(f"{folder}: {name}: image_id {image_id} is there twice: change one")
-            texts = row[column] if isinstance(row[column], list) else [row[column]]
-            captions = [" ".join(text.split()) for text in texts if text and text.strip()]
-            photos[image_id] = Photo(image_id, name, folder.absolute().name, None, captions)
-            local[image_id] = path
-    return list(photos.values()), local
+    records = read_image_folder(Path(folder))
+    return _Ingest(Path(out), Path(folder), original).run(choose(records, limit, seed), workers=2)
 
 
 class _Ingest:
-    def __init__(self, out: Path, original: bool):
-        self.out, self.original = out, original
-        self.images = out / ("originals" if original else "images")
-        self.sessions = threading.local()
+    """Copies or downloads images into a folder.
 
-    def run(self, photos: list[Photo], local: dict[int, Path] | None, workers: int) -> IngestSummary:
-        self.images.mkdir(parents=True, exist_ok=True)
-        for left_over in self.images.glob("*.partial"):  # of a run that was killed
-            left_over.unlink()
-        there = {path.stem: path.name for path in self.images.iterdir()}
+    Args:
+        out: folder to write.
+        source: folder of the images; None downloads them.
+        original: keep the image files unchanged.
+        allow_private: also download from private addresses.
+    """
+
+    def __init__(self, out: Path, source: Path | None, original: bool, allow_private: bool = False):
+        self.out, self.source, self.original, self.allow_private = out, source, original, allow_private
+        self.images = out / ("originals" if original else "images")
+        self.sources_file = out / "sources.jsonl"
+        self.thread = threading.local()  # a downloader for each thread
+        self.stored: dict[str, str] = {}  # names of the stored files, by stem
+
+    def run(self, records: list[ImageRecord], workers: int) -> IngestSummary:
+        self.out.mkdir(parents=True, exist_ok=True)
+        busy = f"{self.out}: another run is using this folder: wait for it or name another folder"
+        with locked(self.out / ".lock", busy), named_disk_errors(self.out):
+            return self._run(records, workers)
+
+    def _run(self, records: list[ImageRecord], workers: int) -> IngestSummary:
+        self.images.mkdir(exist_ok=True)
+        for leftover in self.images.glob("*.partial"):  # of a killed run
+            leftover.unlink()
+        present = self._present(records)
         failed: dict[int, str] = {}
         names: dict[int, str] = {}
-        results = map_in_order(lambda photo: self._take(photo, local, there), photos, workers, ahead=4 * workers)
-        for photo, result in tqdm(results, total=len(photos), unit="photo", mininterval=0.5):
+        results = ordered_parallel_map(lambda record: self._take(record, present), records, workers, ahead=4 * workers)
+        for record, result in tqdm(results, total=len(records), unit="image", mininterval=0.5):
             if isinstance(result, InputError):
-                failed[photo.image_id] = str(result)
-            else:
-                names[photo.image_id] = result
-        self._write(photos, names, failed)
+                failed[record.image_id] = str(result)
+                continue
+            names[record.image_id] = result
+            if record.image_id not in present:
+                self._note_sources([(result, self._source_of(record))])
+        self._write(records, names, failed)
         return IngestSummary(len(names), len(failed))
 
-    def _take(self, photo: Photo, local: dict[int, Path] | None, there: dict[str, str]) -> str | InputError:
-        """Puts one photo into the folder and returns its name there, or says why not."""
-        stem = f"{photo.image_id:012d}"
-        if stem in there:
-            return there[stem]
+    def _present(self, records: list[ImageRecord]) -> dict[int, str]:
+        """Return the file names of images that an earlier run took from the same source, by image id."""
+        self.stored = {path.stem: path.name for path in self.images.iterdir()}
+        sources = self._read_sources()
+        present = {}
+        stale: list[tuple[str, str | None]] = []
+        for record in records:
+            name = self.stored.get(_stem_of(record))
+            if name is None:
+                continue
+            source, noted = self._source_of(record), sources.get(f"{self.images.name}/{name}") or ""
+            # Without size and time, the source file is gone: the stored image is still the right one.
+            if noted == source or noted.startswith(f"{source} "):
+                present[record.image_id] = name
+            else:
+                stale.append((name, None))
+        if stale:
+            # The captions of the earlier run must not be paired with the images that replace its images.
+            (self.out / "captions.json").unlink(missing_ok=True)
+            self._note_sources(stale)
+        return present
+
+    def _note_sources(self, files: list[tuple[str, str | None]]) -> None:
+        lines = (json.dumps({"file": f"{self.images.name}/{name}", "source": source}) + "\n" for name, source in files)
+        with self.sources_file.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+    def _read_sources(self) -> dict[str, str]:
+        """Return the source of each file by its name.
+
+        Malformed lines are ignored, unlike in `read_jsonl`: a killed run may leave a partial line, after which the next
+        run appends.
+        """
+        sources = {}
         try:
-            if local is not None:
-                return self._store(local[photo.image_id], stem)
-            return self._download(photo, stem)
+            lines = self.sources_file.read_text(encoding="utf-8", errors="replace").split("\n")
+        except FileNotFoundError:
+            return {}
+        for line in lines:
+            try:
+                row = parse_json(line, self.sources_file)
+                sources[str(row["file"])] = row["source"]
+            except (InputError, TypeError, KeyError):
+                continue
+        return sources
+
+    def _source_of(self, record: ImageRecord) -> str:
+        """Return a hash of the image's address, or a hash of its path with the size and time of the file."""
+        location = record.coco_url if self.source is None else str(self.source.resolve() / record.file_name)
+        source = hashlib.sha256(str(location).encode(errors="surrogatepass")).hexdigest()[:16]
+        if self.source is not None:
+            try:
+                status = inside(self.source, record.file_name).stat()
+                source += f" {status.st_size} {status.st_mtime_ns}"
+            except (InputError, OSError):
+                pass
+        return source
+
+    def _take(self, record: ImageRecord, present: dict[int, str]) -> str | InputError:
+        """Store an image, and return its file name or the error."""
+        if record.image_id in present:
+            return present[record.image_id]
+        stem = _stem_of(record)
+        try:
+            if self.source is not None:
+                path = inside(self.source, record.file_name)
+                if path.parent == self.images.resolve():
+                    raise InputError(f"{path}: would be overwritten: name another --out")
+                return self._store(path, stem)
+            return self._download(record, stem)
         except InputError as error:
             return error
 
     def _store(self, path: Path, stem: str) -> str:
         if self.original:
             content = original_bytes(path)
-            with PILImage.open(path) as image:
-                suffix = f".{image.format.lower()}".replace("jpeg", "jpg")
+            suffix = image_suffix(content)
         else:
             content, suffix = jpeg_bytes(path), ".jpg"
-        aside = self.images / f"{stem}.partial"
-        aside.write_bytes(content)
-        return aside.rename(self.images / f"{stem}{suffix}").name
+        partial = self.images / f"{stem}.partial"
+        partial.write_bytes(content)
+        if self.stored.get(stem) not in (None, f"{stem}{suffix}"):
+            (self.images / self.stored[stem]).unlink(missing_ok=True)  # the same image in another format
+        return partial.rename(self.images / f"{stem}{suffix}").name
 
-    def _download(self, photo: Photo, stem: str) -> str:
-        if not photo.coco_url or urlsplit(photo.coco_url).scheme not in ("http", "https"):
-            raise InputError(f"{photo.file_name}: no http address in coco_url")
-        aside = self.images / f"{stem}.download.partial"
+    def _download(self, record: ImageRecord, stem: str) -> str:
+        if not record.coco_url:
+            raise InputError(f"{scrub(record.file_name, 120)}: no http address in coco_url")
+        if not hasattr(self.thread, "downloader"):
+            self.thread.downloader = Downloader(self.allow_private)
+        partial = self.images / f"{stem}.download.partial"
         try:
-            for number in range(1, TRIES + 1):
-                try:
-                    self._fetch(photo.coco_url, aside)
-                    return self._store(aside, stem)
-                except (requests.RequestException, InputError) as error:  # broken off, or not a whole picture
-                    status = getattr(getattr(error, "response", None), "status_code", None)
-                    if number == TRIES or (status is not None and 400 <= status < 500):
-                        problem = str(error).replace(str(aside), "what came").splitlines()[0]
-                        raise InputError(f"{photo.coco_url}: {problem}") from None
-                    time.sleep(0.2 * 2**number)
+            return self.thread.downloader.fetch(record.coco_url, partial, lambda path: self._store(path, stem))
         finally:
-            aside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
-    def _fetch(self, url: str, path: Path) -> None:
-        """Downloads a file whole: as many bytes as its header says, and no more than a photo may have."""
-        with self._session().get(url, stream=True, timeout=(10, 60)) as response, path.open("wb") as file:
-            response.raise_for_status()
-            size = 0
-            for chunk in response.iter_content(CHUNK):  # urllib3 raises if fewer bytes come than Content-Length says
-                size += len(chunk)
-                if size > MOST_BYTES:
-                    raise InputError(f"more than {MOST_BYTES >> 20} MiB")
-                file.write(chunk)
-
-    def _session(self) -> requests.Session:
-        """One for each thread: connections stay open, a busy server is asked again when it says."""
-        if not hasattr(self.sessions, "session"):
-            retry = Retry(total=TRIES, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504))
-            session = requests.Session()
-            session.mount("http://", HTTPAdapter(max_retries=retry))
-            session.mount("https://", HTTPAdapter(max_retries=retry))
-            self.sessions.session = session
-        return self.sessions.session
-
-    def _write(self, photos: list[Photo], names: dict[int, str], failed: dict[int, str]) -> None:
-        taken = [photo for photo in photos if photo.image_id in names]
-        with written_whole(self.out / "captions.json") as file:
-            file.writelines(_coco(taken, names))
-        lines = (
-            json.dumps({"image_id": photo.image_id, "file_name": photo.file_name, "reason": failed[photo.image_id]})
-            + "\n"
-            for photo in photos
-            if photo.image_id in failed
-        )
-        with written_whole(self.out / "failed.jsonl") as file:
-            file.writelines(lines)
+    def _write(self, records: list[ImageRecord], names: dict[int, str], failed: dict[int, str]) -> None:
+        taken = [record for record in records if record.image_id in names]
+        with atomic_write(self.out / "captions.json") as file:
+            file.writelines(_coco_json(taken, names))
+        with atomic_write(self.out / "failed.jsonl") as file:
+            for record in records:
+                if reason := failed.get(record.image_id):
+                    line = {"image_id": record.image_id, "file_name": record.file_name, "reason": reason}
+                    file.write(json.dumps(line) + "\n")
 
 
-def _coco(photos: list[Photo], names: dict[int, str]) -> Iterator[str]:
-    """COCO's caption format, in pieces."""
+def _stem_of(record: ImageRecord) -> str:
+    return f"{record.image_id:012d}"
+
+
+def _coco_json(records: list[ImageRecord], names: dict[int, str]) -> Iterator[str]:
+    """Yield the fragments of a file in COCO's caption format."""
     yield '{"images": [\n'
-    for place, photo in enumerate(photos):
-        row: dict[str, Any] = {"id": photo.image_id, "file_name": names[photo.image_id], "source": photo.source}
-        if photo.coco_url:
-            row["coco_url"] = photo.coco_url
-        yield (",\n" if place else "") + json.dumps(row, ensure_ascii=False)
+    for index, record in enumerate(records):
+        row: dict[str, Any] = {"id": record.image_id, "file_name": names[record.image_id], "source": record.source}
+        if record.coco_url:
+            row["coco_url"] = record.coco_url
+        yield (",\n" if index else "") + json.dumps(row, ensure_ascii=False)
     yield '\n], "annotations": [\n'
     number = 0
-    for photo in photos:
-        for caption in photo.captions:
-            row = {"id": number, "image_id": photo.image_id, "caption": caption}
+    for record in records:
+        for caption in record.captions:
+            row = {"id": number, "image_id": record.image_id, "caption": caption}
             yield (",\n" if number else "") + json.dumps(row, ensure_ascii=False)
             number += 1
     yield "\n]}\n"

@@ -1,4 +1,4 @@
-"""Which split a photo belongs to: by a hash of its id alone, so adding photos never moves one."""
+"""The split of an image depends on a hash of its id alone, so that adding images never moves one to another split."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ SPLITS = ("train", "validation", "test")
 
 
 def hash_of(image_id: int) -> float:
-    """A number from 0 to 1 that depends on the id alone. The paper's 25 test samples are the 25 lowest."""
+    """Return a number in [0, 1) that depends on the id alone. The paper's 25 test samples are those with the lowest."""
     digest = hashlib.sha256(str(image_id).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def lowest_hashes(image_ids: Sequence[int], count: int | None = None) -> list[int]:
-    """The places of the photos with the lowest hashes, the lowest first: the same photos whatever else is there."""
+    """Return the indices of the ids with the lowest hashes in ascending order of the hash.
+
+    Args:
+        count: number of indices; all if None.
+    """
     return sorted(range(len(image_ids)), key=[hash_of(image_id) for image_id in image_ids].__getitem__)[:count]
 
 
 def split_of(image_id: int) -> str:
-    """`test` (1%), `validation` (10%, as in section 2.1.1) or `train`."""
+    """Return `test` (1%), `validation` (10%, as in section 2.1.1) or `train`."""
     position = hash_of(image_id)
     if position < TEST_SHARE:
         return "test"

@@ -1,4 +1,4 @@
-"""Training the tokenizer: byte-level BPE on descriptions, so that any text comes back exactly."""
+"""Train the tokenizer: byte-level BPE on descriptions, which encodes any text without loss."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..configuration_nanovlm import TEXT_POSITIONS
-from ..errors import InputError, first_line
+from ..errors import InputError
+from .rows import check_columns, configs_of, load, readable
 
 VOCAB_SIZE = 5120
-# Their order gives the ids 0 to 3 that the configs name.
+# Their ids 0 to 3 follow from this order; the model configurations refer to them.
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<image>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of `vocab_size` entries, special tokens included (its size is beyond the paper).
+    """Train a byte-level BPE tokenizer (its size is beyond the paper).
 
-    It pads on the left, as generation needs it; `NanoVLMProcessor` pads training batches on the right.
+    The tokenizer pads on the left for generation; `NanoVLMProcessor` pads training batches on the right.
+
+    Args:
+        texts: texts to train on.
+        vocab_size: number of entries, special tokens included.
 
     Raises:
-        InputError: if the texts are too few for so many entries.
+        InputError: if there are too few texts for `vocab_size` entries.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,18 +57,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
 
 
 def train_tokenizer_on(dataset: str, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """As `train_tokenizer`, on the descriptions of every config's train split.
+    """Train a tokenizer as `train_tokenizer` does, on the descriptions of every config's train split.
 
     Args:
-        dataset: folder or Hub id of a dataset that `nanovlm data build` wrote.
+        dataset: folder or Hub id of a dataset written by `nanovlm data build`.
+        vocab_size: number of entries, special tokens included.
 
     Raises:
-        InputError: if it cannot be loaded or has too few texts.
+        InputError: if the dataset cannot be loaded or has too few texts.
     """
-    from datasets import get_dataset_config_names, load_dataset
-
-    try:
-        splits = [load_dataset(dataset, name, split="train") for name in get_dataset_config_names(dataset)]
-    except Exception as error:  # `datasets` raises many kinds for the one mistake of naming no dataset
-        raise InputError(f"{dataset}: cannot be loaded as a dataset: {first_line(error)}") from None
-    return train_tokenizer((text for split in splits for text in split["description"]), vocab_size)
+    splits = [load(dataset, name, split="train") for name in configs_of(dataset)]
+    for split in splits:
+        check_columns(split, dataset, ["description"])
+    with readable(dataset):
+        return train_tokenizer((text for split in splits for text in split["description"]), vocab_size)

@@ -1,1 +1,1 @@
-"""Judging models: completions, a chat model's grades, originality, grounding, coherence, people, and the report."""
+"""Evaluation: completions, LLM judge, human ratings, originality, grounding, objects, coherence, and the report."""

@@ -1,4 +1,4 @@
-"""Models that complete a text about a photo: ours, and those that the paper compares with (section 4)."""
+"""Models that complete a text about an image: NanoVLM and the baselines (section 4)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
-from ..checkpoints import NAMES, SHIPPED
-from ..completion import DEFAULT_NEW_TOKENS, load_model
+from ..checkpoint_files import is_refusal
+from ..checkpoints import NAMES
+from ..completion import DEFAULT_NEW_TOKENS, finite_logits
 from ..configuration_nanovlm import NanoVLMConfig
+from ..devices import default_device
 from ..errors import InputError, first_line
+from ..loading import load_model, local_folder, locate, read_config
 from ..processing_nanovlm import NanoVLMProcessor
 
-# The paper's three (Table 3; GIT's 350M are the large one's) and a small one of today.
+# The paper's three models (Table 3; its GIT has 350M parameters, as git-large) and a recent small one.
 BASELINES = (
     "Salesforce/blip-image-captioning-base",
     "microsoft/git-base",
@@ -24,17 +27,17 @@ BASELINES = (
     "microsoft/kosmos-2-patch14-224",
     "HuggingFaceTB/SmolVLM-256M-Instruct",
 )
-INSTRUCTION = "Describe the picture in the simple words of a small child."  # for models that are made to chat
+INSTRUCTION = "Describe the picture in the simple words of a small child."  # for chat models
 
 
 @dataclass
 class Generated:
-    """What a model made of an item.
+    """The completion of one item.
 
     Attributes:
         text: prefix and completion, as the model spells them.
-        completion: what it added.
-        new_tokens: how many tokens that were, the end token included.
+        completion: the words that the model added.
+        new_tokens: number of generated tokens, including the end token.
     """
 
     text: str
@@ -43,14 +46,17 @@ class Generated:
 
 
 class Generator:
-    """A model with its processor, completing one prefix about one photo at a time.
+    """A model and its processor, which complete one prefix about one image at a time.
 
     Args:
         name: short name, folder or Hub id.
-        model, processor: as loaded.
+        model: as loaded.
+        processor: as loaded.
+        max_new_tokens: maximum length of a completion.
 
     Attributes:
-        settings: of decoding: greedy, as the model's own generation config has it otherwise.
+        settings: generation settings: greedy, and otherwise those of the model's generation config.
+        parameters: number of parameters.
     """
 
     def __init__(self, name: str, model: Any, processor: Any, max_new_tokens: int = DEFAULT_NEW_TOKENS):
@@ -60,34 +66,36 @@ class Generator:
 
     @torch.no_grad()
     def complete(self, image: Image.Image, prefix: str) -> Generated:
-        """The completion of a prefix about an RGB photo."""
+        """Return the completion of a prefix about an RGB image; whitespace around the prefix is ignored."""
+        prefix = prefix.strip()
         inputs = self.inputs(image, prefix).to(self.model.device)
-        tokens = self.model.generate(**inputs, **self.settings)[0]
+        tokens = self.model.generate(**inputs, **self.settings, logits_processor=finite_logits())[0]
         length = self.prompt_length(inputs)
-        # What stands first in a text may be decoded otherwise than within one, so both are decoded from the beginning.
-        said, before = self.decode(tokens), self.decode(tokens[:length])
-        completion = said[len(before) :] if said.startswith(before) else self.decode(tokens[length:])
-        return Generated(self.whole(prefix, said, completion), " ".join(completion.split()), len(tokens) - length)
+        # Some tokenizers decode the first token of a text differently, so both texts are decoded from the beginning.
+        decoded, before = self.decode(tokens), self.decode(tokens[:length])
+        completion = decoded[len(before) :] if decoded.startswith(before) else self.decode(tokens[length:])
+        text = self.full_text(prefix, decoded, completion)
+        return Generated(text, " ".join(completion.split()), len(tokens) - length)
 
     def inputs(self, image: Image.Image, prefix: str) -> Any:
-        """What `generate` takes."""
+        """Return the inputs of `generate`."""
         return self.processor(images=image, text=prefix, return_tensors="pt")
 
     def prompt_length(self, inputs: Any) -> int:
-        """How many of the tokens that `generate` returns were there before."""
+        """Return how many of the tokens that `generate` returns belong to the prompt."""
         return inputs["input_ids"].shape[1]
 
     def decode(self, tokens: torch.Tensor) -> str:
-        """Text of tokens, without special ones."""
+        """Return the text of tokens, without special tokens."""
         return self.processor.decode(tokens, skip_special_tokens=True)
 
-    def whole(self, prefix: str, said: str, completion: str) -> str:
-        """Prefix and completion, of all that was decoded."""
-        return " ".join(said.split())
+    def full_text(self, prefix: str, decoded: str, completion: str) -> str:
+        """Return prefix and completion."""
+        return " ".join(decoded.split())
 
 
 class NanoVLM(Generator):
-    """Models of this package."""
+    """NanoVLM, the model of this package."""
 
     def __init__(self, name: str, model: Any, processor: NanoVLMProcessor, max_new_tokens: int = DEFAULT_NEW_TOKENS):
         super().__init__(name, model, processor, max_new_tokens)
@@ -97,7 +105,7 @@ class NanoVLM(Generator):
         used = self.inputs(image, prefix)["input_ids"].shape[1]
         room = self.model.config.text_config.max_position_embeddings - used
         if room < 1:
-            raise InputError(f"{self.name}: a prefix of {used} tokens leaves no room: ask for fewer words")
+            raise InputError(f"{self.name}: a prefix of {used} tokens leaves no room for a completion: use fewer words")
         full = self.settings["max_new_tokens"]
         self.settings["max_new_tokens"] = min(full, room)
         try:
@@ -107,14 +115,14 @@ class NanoVLM(Generator):
 
 
 class Blip(Generator):
-    """BLIP reads [CLS] prefix, and `generate` drops the [SEP] at its end itself."""
+    """BLIP, which reads `[CLS] prefix [SEP]`; `generate` drops the [SEP] itself."""
 
     def prompt_length(self, inputs: Any) -> int:
         return inputs["input_ids"].shape[1] - 1
 
 
 class Git(Generator):
-    """GIT reads [CLS] prefix; [SEP] would end the text."""
+    """GIT, which reads `[CLS] prefix`; the processor's [SEP] would end the text."""
 
     def inputs(self, image: Image.Image, prefix: str) -> Any:
         inputs = super().inputs(image, prefix)
@@ -123,7 +131,7 @@ class Git(Generator):
 
 
 class Kosmos2(Generator):
-    """Kosmos-2 puts places of the picture before the text; they are no part of what it says."""
+    """Kosmos-2, whose text begins with image positions, which are not part of the completion."""
 
     def inputs(self, image: Image.Image, prefix: str) -> Any:
         inputs = super().inputs(image, prefix)
@@ -134,32 +142,32 @@ class Kosmos2(Generator):
         text = super().decode(tokens)
         return self.processor.post_process_generation(text, cleanup_and_extract=True)[0]
 
-    def whole(self, prefix: str, said: str, completion: str) -> str:
+    def full_text(self, prefix: str, decoded: str, completion: str) -> str:
         return join(prefix, completion)
 
 
 class Chat(Generator):
-    """Any image-text-to-text model: asked to describe, with the prefix as the beginning of its own answer."""
+    """Any other image-text-to-text model: asked for a description, with the prefix as the start of its answer."""
 
     def inputs(self, image: Image.Image, prefix: str) -> Any:
         content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]
         if getattr(self.processor, "chat_template", None):
             messages = [{"role": "user", "content": content}]
-            asked = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            text = f"{asked.rstrip()} {prefix}"
+            question = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+            text = f"{question.rstrip()} {prefix}"
         else:
             text = f"{getattr(self.processor, 'image_token', '')}{prefix}"
         return self.processor(images=image, text=text, return_tensors="pt")
 
-    def whole(self, prefix: str, said: str, completion: str) -> str:
+    def full_text(self, prefix: str, decoded: str, completion: str) -> str:
         return join(prefix, completion)
 
 
 def join(prefix: str, completion: str) -> str:
-    """Both in one text; a completion that begins with a sign of punctuation stands close."""
+    """Return prefix and completion as one text, without a space before punctuation."""
     completion = " ".join(completion.split())
-    close = completion[:1] in set(".,!?;:") or completion.startswith("'")
-    return f"{prefix}{'' if close or not completion else ' '}{completion}"
+    no_space = completion[:1] in set(".,!?;:") or completion.startswith("'")
+    return f"{prefix}{'' if no_space or not completion else ' '}{completion}"
 
 
 KINDS = {"blip": ("BlipForConditionalGeneration", Blip), "git": ("GitForCausalLM", Git)}
@@ -167,41 +175,45 @@ KINDS |= {"kosmos-2": ("Kosmos2ForConditionalGeneration", Kosmos2)}
 
 
 def load_generator(name: str, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Generator:
-    """A model by short name, folder or Hub id.
+    """Return a model by short name, folder or Hub id, without running code of its checkpoint.
 
     Raises:
-        InputError: if there is none, or it is none that completes texts about pictures.
+        InputError: if it is missing, or is not an image-text-to-text model.
     """
-    if name in NAMES or _model_type(name) == NanoVLMConfig.model_type:
-        return NanoVLM(name, *load_model(name), max_new_tokens=max_new_tokens)
+    try:
+        if name in NAMES or (model_type := read_config(name).get("model_type")) == NanoVLMConfig.model_type:
+            return NanoVLM(name, *load_model(name), max_new_tokens=max_new_tokens)
+    except InputError as error:
+        raise InputError(f"--model {error}") from None
     import transformers
 
-    class_name, kind = KINDS.get(_model_type(name), (None, Chat))
+    class_name, kind = KINDS.get(str(model_type), (None, Chat))
     loader = getattr(transformers, class_name) if class_name else AutoModelForImageTextToText
+    folder = local_folder(name)
+    # The revision whose config.json was read. Without `trust_remote_code`, Transformers asks on the terminal.
+    settings = {"trust_remote_code": False} | ({"revision": locate(name).name} if folder is None else {})
     try:
-        model = loader.from_pretrained(name, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(name)
-    except Exception as error:  # Transformers, safetensors and huggingface_hub each have errors of their own
+        model = loader.from_pretrained(folder or name, use_safetensors=True, **settings)
+        processor = AutoProcessor.from_pretrained(folder or name, **settings)
+    except BaseException as error:  # Transformers, safetensors and huggingface_hub raise errors of many types
+        if not is_refusal(error):
+            raise
         raise InputError(f"--model {name}: cannot be loaded: {first_line(error)}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return kind(name, model.to(device), processor, max_new_tokens)
-
-
-def _model_type(name: str) -> str | None:
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise InputError(f"--model {name}: this is no folder, no Hub id (org/name), and none of {', '.join(SHIPPED)}")
-    try:
-        return NanoVLMConfig.get_config_dict(name)[0].get("model_type")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: {first_line(error)}") from None
+    return kind(name, model.to(default_device()), processor, max_new_tokens)
 
 
 def public_name(name: str) -> str:
-    """A short name or Hub id as it is; of a folder its name, not where it is."""
-    return short_name(name) if Path(name).is_dir() else name
+    """Return a short name or Hub id unchanged, and the short name of a folder, without its path."""
+    return short_name(name) if Path(name).expanduser().is_dir() else name
 
 
 def short_name(name: str) -> str:
-    """The last part of a name, for tables and files: of a run's `best` or `last` the run's with it."""
-    parts = Path(name).parts
-    return "-".join(parts[-2:]) if parts[-1] in ("best", "last") and len(parts) > 1 else parts[-1]
+    """Return the last part of a name, for tables and files; for `best` or `last` of a run also the run's name.
+
+    A folder has its name on disk, even if it is given as `.` or `~`.
+    """
+    path = Path(name).expanduser()
+    parts = [part for part in (path.resolve() if path.is_dir() else path).parts if part not in ("/", ".", "..")]
+    if not parts:
+        return "model"
+    return "-".join(parts[-2:]) if parts[-1] in ("best", "last") else parts[-1]

@@ -1,22 +1,29 @@
-"""What is to be completed: photos with the first words of their descriptions (section 3)."""
+"""Test items: images with the first words of their descriptions (section 3)."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..completion import find_photos
-from ..data.sources import read_text
+from ..completion_files import find_images
+from ..data.rows import check_columns, image_bytes, image_name, load, readable
+from ..data.sources import WRITTEN_FROM, whole_number
 from ..data.splits import hash_of
-from ..errors import InputError, first_line
-from ..photos import open_photo
+from ..errors import InputError, scrub, warn
+from ..files import read_text
+from ..images import open_image_file
+from ..variants import VARIANTS
 
-PREFIX_WORDS = {"short": 7, "long": 19}  # section 3: 6-7 and 18-20
-PAPERS_ITEMS = 25
+PREFIX_WORDS = {variant.name: variant.prefix_words for variant in VARIANTS.values()}
+MAX_LEFT_OUT = 0.01  # share of rows, as in training: a dataset with more unusable rows is damaged
+SHOWN_IDS = 5
 
 
 @dataclass
@@ -24,11 +31,11 @@ class Item:
     """One test item.
 
     Attributes:
-        item_id: the photo's id in a dataset, or its name in a folder.
+        item_id: id of the image in a dataset, or its file name in a folder.
         image: RGB.
         prefix: the first words of the description.
-        reference: the whole description; None where nobody wrote one.
-        captions: the human captions, where there are some.
+        reference: the whole description; None for images without one.
+        captions: human captions, if there are any.
     """
 
     item_id: str
@@ -39,39 +46,86 @@ class Item:
 
 
 def prefix_of(text: str, words: int) -> str:
-    """The first words of a text; all but the last one of a text that is too short."""
+    """Return the first words of a text, or all but the last one if the text is too short."""
     found = text.split()
     return " ".join(found[: min(words, max(1, len(found) - 1))])
 
 
-def load_rows(dataset: str, variant: str, split: str) -> Any:
-    """A split of a dataset that `nanovlm data build` wrote, its photos undecoded.
+def load_rows(dataset: str, variant: str, split: str, written_from: str | None = None) -> Any:
+    """Return a split of a dataset that `nanovlm data build` wrote, with its images undecoded.
+
+    Args:
+        written_from: only the rows whose description was written from `captions` or from the `image`; None for all.
 
     Raises:
-        InputError: if there is none, or it has no photos.
+        InputError: if it is missing, has no images, or no row was written from `written_from`.
     """
     from datasets import Image as HubImage
-    from datasets import load_dataset
 
-    try:
-        rows = load_dataset(dataset, variant, split=split)
-    except Exception as error:  # `datasets` raises many kinds for the one mistake of naming no dataset
-        raise InputError(f"--dataset {dataset} ({variant}, {split}): cannot be loaded: {first_line(error)}") from None
-    missing = [name for name in ("image", "image_id", "description") if name not in rows.column_names]
-    if missing:
-        mend = ": put the photos back with `nanovlm data join`" if missing[0] == "image" else ""
-        raise InputError(f"--dataset {dataset}: it has no column {missing[0]!r}{mend}")
-    return rows.cast_column("image", HubImage(decode=False))
+    rows = load(dataset, variant, f"--dataset {dataset} ({variant}, {split})", split=split)
+    check_columns(rows, f"--dataset {dataset}", ("image", "image_id", "description"))
+    with readable(f"--dataset {dataset}"):
+        rows = rows.cast_column("image", HubImage(decode=False))
+        return rows if written_from is None else _rows_written_from(rows, written_from, f"--dataset {dataset}")
+
+
+def _rows_written_from(rows: Any, origin: str, where: str) -> Any:
+    if WRITTEN_FROM not in rows.column_names:
+        raise InputError(f"{where}: it has no column {WRITTEN_FROM!r}: leave out --written-from, or build it again")
+    chosen = [index for index, found in enumerate(rows[WRITTEN_FROM]) if found == origin]
+    if not chosen:
+        raise InputError(f"--written-from {origin}: no row of {where.removeprefix('--dataset ')} has this value")
+    return rows.select(chosen)
 
 
 def open_image(row: dict[str, Any]) -> Image.Image:
-    """The photo of a row, bounded in size as every photo is.
+    """Return the image of a row, within the limits that hold for every image.
 
     Raises:
-        InputError: if it does not decode.
+        InputError: if it cannot be decoded, or the row holds a path instead of the image's bytes.
     """
-    image = row["image"]
-    return open_photo(image["path"] or f"photo {row['image_id']}", image["bytes"])
+    return open_image_file(image_name(row), image_bytes(row))
+
+
+def usable_rows(rows: Iterable[dict[str, Any]], where: str) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+    """Yield the rows that have a description and an image that can be decoded, each with its image.
+
+    Args:
+        rows: as `load_rows` returns them.
+        where: dataset and split, for messages.
+
+    Raises:
+        InputError: at the end, if there are no rows or more than 1% of them are left out.
+    """
+    total, problems = 0, {}
+    for row in rows:
+        total += 1
+        try:
+            if not isinstance(row["description"], str) or not row["description"].strip():
+                raise InputError("no description")
+            image = open_image(row)
+        except InputError as error:
+            problems[row["image_id"]] = str(error)
+            continue
+        yield row, image
+    if not total:
+        raise InputError(f"{where}: this split has no rows")
+    if problems:
+        ids = ", ".join(scrub(str(image_id), 40) for image_id in list(problems)[:SHOWN_IDS])
+        message = (
+            f"{where}: {len(problems)} of {total} rows cannot be used (image_id {ids}; "
+            f"the first: {next(iter(problems.values()))})"
+        )
+        if len(problems) > MAX_LEFT_OUT * total:
+            raise InputError(f"{message}: build the dataset again")
+        warn(f"{message}: left out")
+
+
+def captions_of(row: dict[str, Any]) -> list[str]:
+    """Return the human captions of a row; the column may be missing, one text or a list."""
+    captions = row.get("captions") or ()
+    captions = [captions] if isinstance(captions, str) else captions
+    return [caption for caption in captions if isinstance(caption, str)]
 
 
 def items_of_dataset(
@@ -81,76 +135,109 @@ def items_of_dataset(
     prefix_words: int | None = None,
     ids: list[int] | None = None,
     limit: int | None = None,
+    written_from: str | None = None,
 ) -> list[Item]:
-    """The items of a split, the lowest hashes first: the same ones however many are taken.
+    """Return the items of a split in the order of their hashes, so that a larger limit only adds items.
 
     Args:
-        prefix_words: 7 for short and 19 for long descriptions if not given.
-        ids: of a curated list, in its order, instead.
-        limit: how many to take at most.
+        prefix_words: number of words of the prefix; the variant's own by default.
+        ids: ids of a curated list, used in its order and without duplicates instead of the whole split.
+        limit: maximum number of items.
+        written_from: only the descriptions of this origin, as in `load_rows`.
 
     Raises:
-        InputError: if the dataset has no such split or photo.
+        InputError: if the dataset has no such variant, split or image, or more than 1% of the rows cannot be used.
     """
-    rows = load_rows(dataset, variant, split)
-    places = {image_id: place for place, image_id in enumerate(rows["image_id"])}
+    if variant not in VARIANTS:
+        raise InputError(f"--variant {variant}: choose {' or '.join(VARIANTS)}")
+    rows = load_rows(dataset, variant, split, written_from)
+    indices = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     if ids is None:
-        ids = sorted(places, key=hash_of)[:limit]
-    strangers = [image_id for image_id in ids if image_id not in places]
-    if strangers:
-        raise InputError(f"--items: photo {strangers[0]} is not in the {split} split of {dataset} ({variant})")
-    chosen = [rows[places[image_id]] for image_id in ids]
+        ids = sorted(indices, key=hash_of)[:limit]
+    missing = [image_id for image_id in ids if image_id not in indices]
+    if missing:
+        raise InputError(f"--items: image {missing[0]} is not in the {split} split of {dataset} ({variant})")
+    with readable(f"--dataset {dataset}"):
+        chosen = [rows[indices[image_id]] for image_id in dict.fromkeys(ids)]
     words = prefix_words or PREFIX_WORDS[variant]
     return [
         Item(
             str(row["image_id"]),
-            open_image(row),
+            image,
             prefix_of(row["description"], words),
             row["description"],
-            list(row.get("captions") or ()),
+            captions_of(row),
         )
-        for row in chosen
+        for row, image in usable_rows(chosen, f"--dataset {dataset} ({variant}, {split})")
     ]
 
 
-def items_of_folder(folder: Path, prefix: str, limit: int | None = None) -> list[Item]:
-    """The photos of a folder with one prefix for all: medical, satellite, drawings, anything (beyond the paper).
+def images_of_items(item_ids: list[str], dataset: str, variant: str, split: str) -> dict[str, Image.Image]:
+    """Return the images of completions that `nanovlm evaluate` made of a dataset, by item id.
 
     Raises:
-        InputError: if there is no photo in it, or one that cannot be opened.
+        InputError: as `items_of_dataset`, and if an id is not that of an image of a dataset.
+    """
+    if not all(re.fullmatch("[0-9]{1,19}", item_id) for item_id in item_ids):
+        raise InputError("--dataset: the images of these completions are in no dataset: leave the option out")
+    items = items_of_dataset(dataset, variant, split, ids=[int(item_id) for item_id in item_ids])
+    return {item.item_id: item.image for item in items}
+
+
+def items_of_folder(folder: Path, prefix: str, limit: int | None = None) -> list[Item]:
+    """Return the images of a folder, of any domain, all with the same prefix (beyond the paper).
+
+    An image that cannot be opened is named on stderr and left out.
+
+    Raises:
+        InputError: if the folder has no image that can be opened.
     """
     if not folder.is_dir():
-        raise InputError(f"--images {folder}: this is no folder")
-    found = find_photos([folder])[:limit]
+        raise InputError(f"--images {folder}: not a folder")
+    found = find_images([folder])
     for photo in found:
         if photo.error is not None:
             raise InputError(f"--images {photo.error}")
-    return [Item(photo.photo.name, open_photo(photo.photo), prefix) for photo in found]
+    items: list[Item] = []
+    for photo in found:
+        if limit is not None and len(items) == limit:
+            break
+        try:
+            image = open_image_file(photo.path)
+        except InputError as error:
+            warn(f"--images {error}")
+            continue
+        # The report, which shows the name, is UTF-8.
+        items.append(Item(os.fsencode(photo.path.name).decode("utf-8", "backslashreplace"), image, prefix))
+    if not items:
+        raise InputError(f"--images {folder}: none of its images can be opened")
+    return items
 
 
 def read_ids(path: Path) -> list[int]:
-    """The ids of a curated list, one a line; lines that begin with # are notes.
+    """Return the image ids of a curated list, one on each line; lines that start with # are comments.
 
     Raises:
-        InputError: for a line that is no id, and for an empty list.
+        InputError: for a line that is not an id, and for an empty list.
     """
     ids = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        if not line.strip().isdecimal():
-            raise InputError(f"{path}: line {number} is no image_id: {line.strip()[:40]!r}")
-        ids.append(int(line))
+        try:
+            ids.append(whole_number(line.strip(), "it"))
+        except InputError:
+            raise InputError(f"{path}: line {number} is not an image_id: {line.strip()[:40]!r}") from None
     if not ids:
-        raise InputError(f"{path}: there is no image_id in it")
+        raise InputError(f"{path}: the list has no image_id")
     return ids
 
 
 def fingerprint(items: list[Item]) -> str:
-    """A hash of the items' ids, prefixes, references and pixels."""
+    """Return a hash of the items' ids, prefixes, references and pixels."""
     digest = hashlib.sha256()
     for item in items:
         for part in (item.item_id, item.prefix, item.reference or ""):
-            digest.update(part.encode() + b"\0")
-        digest.update(item.image.tobytes())
+            digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(f"{item.image.mode} {item.image.size}".encode() + item.image.tobytes())
     return digest.hexdigest()[:16]

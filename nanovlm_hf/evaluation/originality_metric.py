@@ -1,4 +1,4 @@
-"""Originality as a metric of the `evaluate` library, which needs no network."""
+"""Originality as a metric of the `evaluate` library, without network access."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from .originality import TrainingTexts, originality
 
 
 class Originality(evaluate.Metric):
-    """`Originality().compute(predictions=[...], references=[...], training_texts=[...])`: ROUGE-1 to the references and
-    to the nearest training text, the longest copy, distinct-1 and -2 (figure 8 of the paper and beyond)."""
+    """ROUGE-1 to references and to the nearest training text, longest copy, distinct-1 and -2 (figure 8 and beyond).
+
+    Use it as `Originality().compute(predictions=[...], references=[...], training_texts=[...])`.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Whether completions are the model's own words (NanoVLMs, figure 8).",
+            description="Originality of completions against the training texts (NanoVLMs, figure 8).",
             citation="arXiv:2502.07838",
-            inputs_description="predictions and references: texts; training_texts: all that the model learned from.",
+            inputs_description="predictions and references: texts; training_texts: all texts of the training set.",
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
             ),
