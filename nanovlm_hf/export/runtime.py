@@ -1,0 +1,254 @@
+"""Complete sentences with an exported folder under onnxruntime; the model itself needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt
+
+from ..completion_files import Completion, find_images
+from ..errors import InputError, UsageError, completion_line
+from ..files import read_json, validate
+from ..images import open_image_file
+from ..pillow_nanovlm import central_square
+
+GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
+DTYPES = ("fp16", "fp32", "int8")  # in the order in which a folder is searched
+IMAGE_TOKEN = "<image>"
+T = TypeVar("T", bound=BaseModel)
+
+
+Length = Annotated[int, Field(ge=1, le=4096)]
+
+
+class _TextConfig(BaseModel):
+    hidden_size: Length
+    num_attention_heads: Length
+    num_hidden_layers: Length
+
+
+class _Config(BaseModel):
+    image_token_index: NonNegativeInt
+    image_seq_length: Length
+    max_position_embeddings: Length
+    text_config: _TextConfig
+
+
+class _Generation(BaseModel):
+    eos_token_id: NonNegativeInt
+    max_new_tokens: PositiveInt = 96
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    suppress_tokens: list[NonNegativeInt] = []
+
+
+class _Size(BaseModel):
+    height: Length
+    width: Length
+
+
+class _Preprocessor(BaseModel):
+    do_center_crop: bool
+    do_resize: bool
+    do_rescale: bool
+    do_normalize: bool
+    size: _Size
+    resample: Annotated[int, Field(ge=0, le=5)]
+    rescale_factor: FiniteFloat
+    image_mean: Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+    image_std: Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class OnnxModel:
+    """A checkpoint that `nanovlm export` wrote, ready to complete sentences greedily.
+
+    Args:
+        folder: with `config.json`, `tokenizer.json` and the graphs in `onnx/`.
+        dtype: `fp32`, `fp16` or `int8`; by default the first of fp16, fp32 and int8 that the folder holds.
+
+    Raises:
+        InputError: if a file is missing, damaged or of another architecture.
+        UsageError: if onnxruntime is not installed.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None = None):
+        try:
+            import onnxruntime
+        except ModuleNotFoundError:
+            raise UsageError("onnxruntime is not installed: pip install 'nanovlm-hf[onnx]'") from None
+        from tokenizers import Tokenizer
+
+        found = [one for one in DTYPES if graph_path(folder, "decoder_model_merged", one).is_file()]
+        if not found or (dtype is not None and dtype not in found):
+            wanted = f"{dtype} " if dtype else ""
+            raise InputError(f"{folder}: there are no {wanted}graphs in onnx/: write them with `nanovlm export`")
+        self.dtype = dtype or found[0]
+        config = _read(folder / "config.json", _Config)
+        self.generation = _read(folder / "generation_config.json", _Generation)
+        self.preprocessor = _read(folder / "preprocessor_config.json", _Preprocessor)
+        self.image_token_id, self.image_tokens = config.image_token_index, config.image_seq_length
+        self.positions = config.max_position_embeddings
+        self.layers, self.heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
+        self.head_size = config.text_config.hidden_size // self.heads
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self.vision, self.embed, self.decoder = (
+                onnxruntime.InferenceSession(
+                    str(graph_path(folder, name, self.dtype)), options, providers=["CPUExecutionProvider"]
+                )
+                for name in GRAPHS
+            )
+        except Exception as error:  # onnxruntime's own kinds, which it does not export
+            raise InputError(f"{folder}: the graphs in onnx/ cannot be loaded ({str(error).splitlines()[0]})") from None
+
+    def pixel_values(self, image: Image.Image) -> np.ndarray:
+        """Return an RGB image as the vision encoder takes it, (1, 3, height, width)."""
+        settings = self.preprocessor
+        if settings.do_center_crop:
+            left, top, side = central_square(*image.size)
+            image = image.crop((left, top, left + side, top + side))
+        if settings.do_resize:
+            size = (settings.size.width, settings.size.height)
+            image = image.resize(size, settings.resample, reducing_gap=3.0)
+        scale = np.float32(settings.rescale_factor if settings.do_rescale else 1.0)
+        shift = np.float32(0.0)
+        if settings.do_normalize:
+            mean, std = (np.asarray(values, np.float32) for values in (settings.image_mean, settings.image_std))
+            scale, shift = scale / std, -mean / std
+        pixels = np.asarray(image).astype(np.float32) * scale + shift
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+    def blank_image(self) -> Image.Image:
+        """Return an image in the mean colour, which the preprocessor normalises to zeros."""
+        size, mean = self.preprocessor.size, self.preprocessor.image_mean
+        return Image.new("RGB", (size.width, size.height), tuple(round(255 * value) for value in mean))
+
+    def encode(self, image: Image.Image) -> np.ndarray:
+        """Return the projected features of an RGB image, (1, image tokens, C)."""
+        return self.vision.run(None, {"pixel_values": self.pixel_values(image)})[0]
+
+    def complete(self, image: Image.Image, prefix: str = "", max_new_tokens: int | None = None) -> str:
+        """Return the prefix with its completion, as one line.
+
+        Args:
+            image: RGB image of any size.
+            prefix: beginning of the sentence; trailing white space is dropped.
+            max_new_tokens: limit; by default that of `generation_config.json`, or what the positions leave.
+
+        Raises:
+            InputError: if the prefix holds `<image>` or does not fit the positions.
+        """
+        tokens = self._prompt(prefix)
+        tokens += self.generate(self.encode(image), tokens, max_new_tokens)
+        return self.text(tokens)
+
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of a prompt and its completion, as one line."""
+        return completion_line(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _prompt(self, prefix: str) -> list[int]:
+        if IMAGE_TOKEN in prefix:
+            raise InputError(f"prefix: {IMAGE_TOKEN} stands for the image and may not be part of the text")
+        ids = self.tokenizer.encode(prefix.rstrip(), add_special_tokens=False).ids
+        return [self.image_token_id] * self.image_tokens + ids
+
+    def generate(self, features: np.ndarray, tokens: list[int], max_new_tokens: int | None = None) -> list[int]:
+        """Return the tokens that greedy decoding adds to a prompt, without the end token."""
+        room = self.positions - len(tokens)
+        if room < 1:
+            raise InputError(f"prefix: {len(tokens)} tokens with the image leave no room in {self.positions} positions")
+        limit = min(max_new_tokens or self.generation.max_new_tokens, room)
+        return list(self._greedy(features, tokens, limit))
+
+    def logits(self, features: np.ndarray, tokens: list[int]) -> np.ndarray:
+        """Return the logits (vocabulary,) of what follows a prompt."""
+        return self.decoder.run(None, self._inputs(*self._begin(features, tokens)))[0][0, -1]
+
+    def _begin(self, features: np.ndarray, tokens: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the embeddings of a prompt, the image's features in their place, and an empty cache."""
+        embeddings = self._embed(tokens)
+        embeddings[:, : self.image_tokens] = features
+        return embeddings, [np.zeros((1, self.heads, 0, self.head_size), np.float32)] * (2 * self.layers)
+
+    def _greedy(self, features: np.ndarray, tokens: list[int], limit: int) -> Iterator[int]:
+        embeddings, past = self._begin(features, tokens)
+        seen = list(tokens)
+        eos = self.generation.eos_token_id
+        for _ in range(limit):
+            logits, *past = self.decoder.run(None, self._inputs(embeddings, past))
+            token = self._choose(logits[0, -1], seen)
+            if token == eos:
+                return
+            yield token
+            seen.append(token)
+            embeddings = self._embed([token])
+
+    def _embed(self, tokens: list[int]) -> np.ndarray:
+        return self.embed.run(None, {"input_ids": np.asarray([tokens], np.int64)})[0]
+
+    def _inputs(self, embeddings: np.ndarray, past: list[np.ndarray]) -> dict[str, Any]:
+        before, length = past[0].shape[2], embeddings.shape[1]
+        names = [f"past_key_values.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
+        return {
+            "inputs_embeds": embeddings,
+            "attention_mask": np.ones((1, before + length), np.int64),
+            "position_ids": np.arange(before, before + length, dtype=np.int64)[None],
+            **dict(zip(names, past, strict=True)),
+        }
+
+    def _choose(self, logits: np.ndarray, seen: list[int]) -> int:
+        """Return the likeliest token after the repetition penalty, which divides positive logits of seen tokens."""
+        if not np.isfinite(logits).all():
+            raise InputError("the model's logits are NaN or infinite: its weights are damaged")
+        penalty = self.generation.repetition_penalty
+        repeated = np.unique(seen)
+        logits[repeated] = np.where(logits[repeated] < 0, logits[repeated] * penalty, logits[repeated] / penalty)
+        logits[self.generation.suppress_tokens] = -np.inf
+        return int(logits.argmax())
+
+
+def is_exported(folder: Path) -> bool:
+    """Return whether a folder has ONNX graphs and no weights of PyTorch."""
+    return (folder / "onnx").is_dir() and not any(folder.glob("*.safetensors"))
+
+
+def complete_files(
+    model: OnnxModel, images: list[Path], prefix: str = "", max_new_tokens: int | None = None, blind: bool = False
+) -> Iterator[Completion]:
+    """Complete a sentence about each image file, as `nanovlm_hf.completion.complete` does with PyTorch.
+
+    Args:
+        images: files or folders.
+        blind: also complete the prefix for a blank image.
+
+    Raises:
+        InputError: as `OnnxModel.complete`.
+    """
+    size = (model.preprocessor.size.width, model.preprocessor.size.height)
+    blank = [model.complete(model.blank_image(), prefix, max_new_tokens)] if blind else None
+    for one in find_images(images):
+        if one.error is None:
+            try:
+                one.texts = [model.complete(open_image_file(one.path, size=size), prefix, max_new_tokens)]
+                one.blind = blank
+            except InputError as error:
+                one.error = str(error)
+        yield one
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    return validate(read_json(path), kind, path)
+
+
+def graph_path(folder: Path, name: str, dtype: str) -> Path:
+    """Return the path of a graph, named as transformers.js names the files of a dtype."""
+    return folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx"
