@@ -1,19 +1,18 @@
-"""NanoVLM for Transformers: vision-language models of 5M to 25M parameters that complete a sentence about a picture.
+"""NanoVLM for Transformers: vision-language models of 5M to 25M parameters that complete descriptions of images.
 
 Importing this package registers its classes with Transformers' Auto classes.
 """
 
 import importlib
 import sys
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from ._compat import AutoModelForVision2Seq
     from .checkpoints import SHIPPED
-    from .configuration_nanovlm import PRESETS, NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
+    from .compat_nanovlm import AutoModelForVision2Seq
+    from .configuration_nanovlm import NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
     from .errors import InputError
     from .image_processing_nanovlm import NanoVLMImageProcessor
     from .modeling_nanovlm import (
@@ -23,10 +22,11 @@ if TYPE_CHECKING:
         NanoVLMTextModel,
         NanoVLMVisionModel,
     )
+    from .paper_nanovlm import PRESETS
     from .processing_nanovlm import NanoVLMProcessor
 
 _MODULE_OF = {
-    "AutoModelForVision2Seq": "_compat",
+    "AutoModelForVision2Seq": "compat_nanovlm",
     "InputError": "errors",
     "NanoVLMConfig": "configuration_nanovlm",
     "NanoVLMForConditionalGeneration": "modeling_nanovlm",
@@ -38,7 +38,7 @@ _MODULE_OF = {
     "NanoVLMTextModel": "modeling_nanovlm",
     "NanoVLMVisionConfig": "configuration_nanovlm",
     "NanoVLMVisionModel": "modeling_nanovlm",
-    "PRESETS": "configuration_nanovlm",
+    "PRESETS": "paper_nanovlm",
     "SHIPPED": "checkpoints",
 }
 
@@ -53,8 +53,8 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULE_OF])
 
 
-# The `nanovlm` command needs no Auto class: its --help and its messages need not wait seconds for PyTorch.
-if PurePath(next(iter(getattr(sys, "argv", [])), "")).name not in ("nanovlm", "nanovlm.exe"):
+# The `nanovlm` command registers no Auto class, so that its --help does not wait for PyTorch to be imported.
+if "nanovlm_command" not in sys.modules:
     from . import auto as _auto  # noqa: F401
 
 __all__ = [

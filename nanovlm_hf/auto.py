@@ -1,4 +1,4 @@
-"""Registers this package's classes with Transformers' Auto classes; importing it is all it takes."""
+"""Register the classes of this package with the Auto classes of Transformers when it is imported."""
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
@@ -15,7 +15,7 @@ for _config_class, _model_class in (
 ):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModel.register(_config_class, _model_class, exist_ok=True)
-# The second is in Transformers 4 alone, the third in 5 alone.
+# The second exists in Transformers 4 only, the third in version 5 only.
 for _name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM"):
     if hasattr(transformers, _name):
         getattr(transformers, _name).register(NanoVLMConfig, NanoVLMForConditionalGeneration, exist_ok=True)

@@ -1,162 +1,69 @@
-"""Completing sentences about photos: loading a model by name, and photos in batches that one bad file does not stop."""
+"""Complete sentences about images, in batches that one bad file does not stop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
 
-from ._compat import mismatched_weights
-from .checkpoints import NAMES, SHIPPED
+from .completion_files import Completion, find_images
 from .configuration_nanovlm import NanoVLMConfig
-from .errors import InputError, first_line
-from .image_processing_nanovlm import NanoVLMImageProcessor
+from .errors import InputError, completion_line
+from .images import open_image_file
+from .loading import load_config, load_model
 from .modeling_nanovlm import NanoVLMForConditionalGeneration
-from .photos import PHOTO_SUFFIXES, open_photo
 from .processing_nanovlm import NanoVLMProcessor
 
 BATCH_SIZE = 16
 DEFAULT_NEW_TOKENS = 96  # a LongDesc has 75 tokens on average and 88 at most
 
 
-@dataclass
-class Completion:
-    """What a model says of a photo.
-
-    Args:
-        photo: the file.
-        texts: prefix and completion in one, `num_return_sequences` of them; empty if there is an `error`.
-        blind: the same said of a blank picture, where that was asked for.
-        error: why there is no text, in one line.
-    """
-
-    photo: Path
-    texts: list[str] = field(default_factory=list)
-    blind: list[str] | None = None
-    error: str | None = None
-
-
-def load_config(name: str) -> NanoVLMConfig:
-    """The config of a checkpoint that ships (`mini-short`), a folder or a Hub id.
-
-    Raises:
-        InputError: if there is none, or it is another kind of model's.
-    """
-    path = _locate(name)
-    try:
-        fields, _ = NanoVLMConfig.get_config_dict(path)
-        model_type = fields.get("model_type")
-        if model_type not in (None, NanoVLMConfig.model_type):
-            raise InputError(f"{name}: this is a model of type {model_type!r}, not {NanoVLMConfig.model_type!r}")
-        return NanoVLMConfig.from_dict(fields)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {first_line(error)}") from None
-
-
-def load_model(name: str) -> tuple[NanoVLMForConditionalGeneration, NanoVLMProcessor]:
-    """A checkpoint that ships, a folder or a Hub id, with all of its weights, ready to generate on the CPU or the GPU.
-
-    Raises:
-        InputError: if it has no weights, or weights of another shape or name than its config asks for.
-    """
-    config = load_config(name)
-    path = _locate(name)
-    try:
-        model, report = NanoVLMForConditionalGeneration.from_pretrained(
-            path, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        processor = NanoVLMProcessor(
-            NanoVLMImageProcessor.from_pretrained(path),
-            PreTrainedTokenizerFast.from_pretrained(path),
-            image_seq_length=config.image_seq_length,
-        )
-    except InputError:
-        raise
-    except Exception as error:  # Transformers, safetensors and huggingface_hub each have errors of their own
-        raise InputError(f"{name}: cannot be loaded: {first_line(error)}") from None
-    mismatched = mismatched_weights(report)
-    if mismatched:
-        raise InputError(
-            f"{name}: weight {mismatched[0]} has another shape than config.json asks for: take both from one model"
-        )
-    if report["missing_keys"]:
-        raise InputError(f"{name}: the weights lack {sorted(report['missing_keys'])[0]}: save the model again")
-    if len(processor.tokenizer) > config.text_config.vocab_size:
-        raise InputError(
-            f"{name}: the tokenizer has {len(processor.tokenizer)} entries, the model {config.text_config.vocab_size}"
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), processor
-
-
-def find_photos(paths: list[Path]) -> list[Completion]:
-    """The photos that are named, folders opened (not the folders inside them), each with an error if it cannot be."""
-    found = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(Completion(path))
-            continue
-        try:
-            photos = sorted(one for one in path.iterdir() if one.suffix.lower() in PHOTO_SUFFIXES)
-        except OSError as error:
-            found.append(Completion(path, error=f"{path}: the folder cannot be read ({error.strerror})"))
-            continue
-        found += [Completion(one) for one in photos]
-        if not photos:
-            found.append(Completion(path, error=f"{path}: there is no photo in this folder"))
-    return found
-
-
 def complete(
     model: NanoVLMForConditionalGeneration,
     processor: NanoVLMProcessor,
-    photos: list[Path],
+    images: list[Path],
     prefix: str = "",
     max_new_tokens: int | None = None,
     blind: bool = False,
     seed: int | None = None,
     **generation: Any,
 ) -> Iterator[Completion]:
-    """Completes a sentence about each photo, in batches; a photo that cannot be opened gives its `error`.
+    """Complete a sentence about each image, in batches; an image that cannot be opened yields its `error`.
 
     Args:
-        photos: files or folders.
-        prefix: how the sentence begins; empty lets the model begin.
-        max_new_tokens: at most so many tokens after the prefix; as many as fit, up to 96, when None.
-        blind: also say what the model says of a blank picture.
-        seed: of sampling.
-        generation: arguments of `generate()`.
+        images: files or folders.
+        prefix: beginning of the sentence; may be empty.
+        max_new_tokens: limit after the prefix; None for as many as fit, up to 96.
+        blind: also complete the prefix for a blank image.
+        seed: for sampling.
+        generation: further arguments of `generate()`.
 
     Raises:
         InputError: if the prefix contains `<image>` or does not fit the model's positions.
     """
-    prefix = prefix.strip()  # a word's space belongs to the word after it
     max_new_tokens = _room(model.config, processor, prefix, max_new_tokens)
-    pending = find_photos([Path(photo) for photo in photos])
+    pending = find_images([Path(path) for path in images])
     for start in range(0, len(pending), BATCH_SIZE):
         batch = pending[start : start + BATCH_SIZE]
-        images: list[Image.Image] = []
+        opened: list[Image.Image] = []
         for one in batch:
             if one.error is None:
                 try:
-                    images.append(open_photo(one.photo))
+                    opened.append(_open_for(processor, one.path))
                 except InputError as error:
                     one.error = str(error)
-        if images:
+        if opened:
             settings = {"max_new_tokens": max_new_tokens, **generation}
-            texts = iter(_generate(model, processor, images, prefix, seed, settings))
+            texts = iter(_generate(model, processor, opened, prefix, seed, settings))
             blanks = iter(())
             if blind:
-                nothing = [blank_picture(processor)] * len(images)
-                blanks = iter(_generate(model, processor, nothing, prefix, seed, settings))
+                blank = [blank_image(processor)] * len(opened)
+                blanks = iter(_generate(model, processor, blank, prefix, seed, settings))
             for one in batch:
                 if one.error is None:
                     one.texts = next(texts)
@@ -164,35 +71,48 @@ def complete(
         yield from batch
 
 
-def blank_picture(processor: NanoVLMProcessor) -> Image.Image:
-    """A picture of nothing: the mean colour, which the processor makes zeros of."""
+def _open_for(processor: NanoVLMProcessor, path: Path) -> Image.Image:
+    """Return an image at the resolution of the model, so that a batch needs little memory.
+
+    Raises:
+        InputError: as `open_image_file`.
+    """
+    image_processor = processor.image_processor
+    size = image_processor.size
+    image = open_image_file(path, size=(size["width"], size["height"]))
+    plain = {"do_rescale": False, "do_normalize": False, "data_format": "channels_last"}
+    return Image.fromarray(image_processor(image, **plain)["pixel_values"][0])
+
+
+def blank_image(processor: NanoVLMProcessor) -> Image.Image:
+    """Return an image in the mean colour, which the processor normalises to zeros."""
     return Image.new("RGB", (224, 224), tuple(round(255 * mean) for mean in processor.image_processor.image_mean))
 
 
 def stream(
     model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, image: Image.Image, prefix: str = ""
 ) -> Iterator[str]:
-    """Completes a sentence about a picture; yields the text so far, with each word that comes.
+    """Complete a sentence about an image, yielding the text so far after each new word.
 
     Args:
         image: of any mode.
-        prefix: how the sentence begins; empty lets the model begin.
+        prefix: beginning of the sentence; may be empty.
 
     Raises:
         InputError: as `complete`.
     """
-    prefix = prefix.strip()
     room = _room(model.config, processor, prefix, None)
     inputs = processor(images=image, text=prefix, return_tensors="pt").to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = prefix
+    text = prefix.rstrip()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        made = pool.submit(model.generate, **inputs, max_new_tokens=room, streamer=streamer)
-        made.add_done_callback(lambda _: streamer.end())  # after an error too, which nobody would hear of otherwise
-        for words in streamer:
-            text += words
-            yield " ".join(text.split())
-        made.result()
+        settings = {"max_new_tokens": room, "num_beams": 1, "streamer": streamer, "logits_processor": finite_logits()}
+        generation = pool.submit(model.generate, **inputs, **settings)
+        generation.add_done_callback(lambda _: streamer.end())  # also after an error, or the loop below would never end
+        for word in streamer:
+            text += word
+            yield completion_line(text)
+        generation.result()
 
 
 @torch.no_grad()
@@ -207,41 +127,53 @@ def _generate(
     if seed is not None:
         set_seed(seed)
     inputs = processor(images=images, text=[prefix] * len(images), return_tensors="pt").to(model.device)
-    tokens = model.generate(**inputs, **settings)
-    texts = [" ".join(text.split()) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    tokens = model.generate(**inputs, **settings, logits_processor=finite_logits())
+    texts = [completion_line(text) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     each = len(texts) // len(images)
     return [texts[start : start + each] for start in range(0, len(texts), each)]
 
 
+class _FiniteLogits(LogitsProcessor):
+    """Stop a generation whose logits hold NaN or infinity, or no finite value."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not scores.amax(dim=-1).isfinite().all():
+            raise InputError(
+                "the model's logits are NaN or infinite: its weights are damaged, or its training diverged"
+            )
+        return scores
+
+
+def finite_logits() -> LogitsProcessorList:
+    """Return a `logits_processor` for `generate` that raises InputError for NaN logits."""
+    return LogitsProcessorList([_FiniteLogits()])
+
+
 def _room(config: NanoVLMConfig, processor: NanoVLMProcessor, prefix: str, max_new_tokens: int | None) -> int:
-    """How many tokens may follow the prefix."""
+    """Return how many tokens may follow the prefix."""
     if processor.image_token in prefix:
-        raise InputError(f"prefix: {processor.image_token} stands for the photo and may not be part of the text")
-    used = processor.image_seq_length + len(processor.tokenizer(prefix)["input_ids"])
+        raise InputError(f"prefix: {processor.image_token} stands for the image and must not be part of the text")
+    used = processor.image_seq_length + len(processor(text=prefix)["input_ids"][0])
     entries = config.text_config.max_position_embeddings
     if used >= entries:
-        raise InputError(f"prefix: {used} tokens with the photo's leave no room in the model's {entries}: shorten it")
+        raise InputError(f"prefix: {used} tokens with the image's leave no room in the model's {entries}: shorten it")
     if max_new_tokens is None:
         return min(DEFAULT_NEW_TOKENS, entries - used)
     if used + max_new_tokens > entries:
         raise InputError(
-            f"max_new_tokens: {max_new_tokens} after {used} tokens of photo and prefix are more than the model's "
+            f"max_new_tokens: {max_new_tokens} after {used} tokens of image and prefix are more than the model's "
             f"{entries}: ask for {entries - used} at most"
         )
     return max_new_tokens
 
 
-def _locate(name: str) -> str:
-    if name in SHIPPED:
-        return str(SHIPPED[name])
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
-            raise InputError(
-                f"{name}: there is no config.json in this folder: give a folder that save_pretrained wrote"
-            )
-        return name
-    if name in NAMES:
-        raise InputError(f"{name}: it is not in the package, but in checkpoints/ of its repository: name that folder")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{name}: this is no folder, no Hub id (org/name), and none of {', '.join(SHIPPED)}")
-    return name
+__all__ = [
+    "Completion",
+    "blank_image",
+    "complete",
+    "find_images",
+    "finite_logits",
+    "load_config",
+    "load_model",
+    "stream",
+]

@@ -1,11 +1,13 @@
-"""Pictures to `pixel_values`, with Pillow and NumPy alone (section 2.2.1: 224 x 224 pixels)."""
+"""Prepare images as `pixel_values` with Pillow and NumPy (section 2.2.1: 224 x 224 pixels)."""
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_transforms import to_channel_dimension_format
 from transformers.image_utils import (
@@ -15,11 +17,16 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     infer_channel_dimension_format,
+    is_scaled_image,
     make_flat_list_of_images,
     to_numpy_array,
     valid_images,
 )
-from transformers.utils import TensorType
+from transformers.utils import TensorType, is_torch_tensor, logging
+
+from .pillow_nanovlm import central_square, to_rgb
+
+logger = logging.get_logger(__name__)
 
 SETTINGS = (
     "do_convert_rgb",
@@ -33,25 +40,40 @@ SETTINGS = (
     "image_mean",
     "image_std",
 )
+# Arguments of other image processors that this one does not support, and the alternative.
+NOT_SUPPORTED = {
+    "crop_size": "do_center_crop crops the largest central square, which is resized to size",
+    "do_pad": "images are resized to size",
+    "pad_size": "images are resized to size",
+}
+LARGEST_SIDE = 4096
 
 
 class NanoVLMImageProcessor(BaseImageProcessor):
-    """Turns any picture that Pillow can open into normalised pixels.
+    """Prepare Pillow images, arrays and tensors as normalised pixels.
 
-    EXIF rotation is applied; transparency is laid over white; grey, palette, CMYK and 16-bit pictures become RGB. The
-    picture is squashed to `size`, as the photos of the paper are; with `do_center_crop` its central square is taken
-    first. Every argument can be given anew in a call.
+    EXIF rotation is applied; transparent images are composited on white; grey, palette, CMYK and 16-bit images are
+    converted to RGB. Images are resized to `size` without keeping their aspect ratio, as in the paper; with
+    `do_center_crop` the central square is cropped first. Every argument can be overridden in a call.
+
+    As in other image processors, values of arrays and tensors are multiplied by `rescale_factor` with `do_rescale`: the
+    default 1/255 is for values in 0..255, and floats in 0..1 need `do_rescale=False`. Floats are resized as floats.
+    Integers of any type are 8-bit values; larger ones need a `rescale_factor` that maps them to 0..1 (1/65535).
 
     Args:
         do_convert_rgb: apply the EXIF rotation and convert to RGB.
-        do_center_crop: cut out the largest central square before resizing.
+        do_center_crop: crop the largest central square before resizing.
         do_resize: resize to `size`.
-        size: `{"height": pixels, "width": pixels}`.
+        size: `{"height": pixels, "width": pixels}`, up to 4096 each.
         resample: Pillow's resampling filter.
         do_rescale: multiply by `rescale_factor`.
-        rescale_factor: 1/255 takes 8-bit values to 0..1.
+        rescale_factor: 1/255 maps 8-bit values to 0..1.
         do_normalize: subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std: one number a channel (ImageNet's by default).
+        image_mean: one number for each channel (ImageNet's by default), or one for all.
+        image_std: one number for each channel (ImageNet's by default), or one for all.
+
+    Raises:
+        ValueError: naming the first invalid setting.
     """
 
     model_input_names = ["pixel_values"]
@@ -70,17 +92,22 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         image_std: list[float] | None = None,
         **kwargs: Any,
     ):
+        _refuse_unsupported(kwargs)
         super().__init__(**kwargs)
-        self.do_convert_rgb = do_convert_rgb
-        self.do_center_crop = do_center_crop
-        self.do_resize = do_resize
-        self.size = get_size_dict(size or {"height": 224, "width": 224})
-        self.resample = resample
-        self.do_rescale = do_rescale
-        self.rescale_factor = rescale_factor
-        self.do_normalize = do_normalize
-        self.image_mean = list(IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
-        self.image_std = list(IMAGENET_DEFAULT_STD if image_std is None else image_std)
+        settings = {
+            "do_convert_rgb": do_convert_rgb,
+            "do_center_crop": do_center_crop,
+            "do_resize": do_resize,
+            "size": {"height": 224, "width": 224} if size is None else size,
+            "resample": resample,
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": list(IMAGENET_DEFAULT_MEAN) if image_mean is None else image_mean,
+            "image_std": list(IMAGENET_DEFAULT_STD) if image_std is None else image_std,
+        }
+        for name, value in _checked(settings).items():
+            setattr(self, name, value)
 
     def preprocess(
         self,
@@ -90,102 +117,196 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepares one picture or several.
+        """Prepare one image or several.
 
         Args:
-            images: Pillow images, arrays or tensors with values from 0 to 255 (or a list of them).
-            return_tensors: `"pt"` or `"np"`; None gives a list of arrays.
-            data_format: where the channels of the result stand.
-            input_data_format: where those of array inputs stand; looked for when None.
-            kwargs: arguments of the class, for this call.
+            images: one or a list of Pillow images, arrays or tensors.
+            return_tensors: `"pt"` or `"np"`; None returns a list of arrays.
+            data_format: channel dimension of the result.
+            input_data_format: channel dimension of array inputs; inferred if None.
+            kwargs: arguments of the class to override; `device` of the returned tensors.
 
         Returns:
             `pixel_values`, (images, 3, height, width) in float32.
 
         Raises:
-            ValueError: for an input that is no picture, or an unknown argument.
+            ValueError: for an input that is not an image, values that do not fit the settings, and unknown, unsupported
+                or invalid arguments.
         """
+        device = kwargs.pop("device", None)
+        if device is not None and str(device) != "cpu" and return_tensors != "pt":
+            raise ValueError("device needs return_tensors='pt'")
         settings = self._settings(kwargs)
         images = make_flat_list_of_images(self.fetch_images(images))
         if not valid_images(images):
-            raise ValueError("images must be Pillow images, NumPy arrays or tensors, one or a list of them")
+            raise ValueError("images must be Pillow images, NumPy arrays or tensors, or a list of them")
         pixels = [
             to_channel_dimension_format(
                 self._prepare(image, input_data_format, settings), data_format, ChannelDimension.LAST
             )
             for image in images
         ]
-        return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+        batch = BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+        return batch if device is None or return_tensors != "pt" else batch.to(device)
 
     def _settings(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        # Transformers' processors and pipelines hand some arguments of other image processors to every one.
-        foreign = overrides.keys() - set(SETTINGS) - {"device", "disable_grouping", "crop_size", "do_pad", "pad_size"}
-        if foreign:
-            raise ValueError(f"NanoVLMImageProcessor does not know {', '.join(sorted(foreign))}")
+        _refuse_unsupported(overrides)
+        unknown = overrides.keys() - set(SETTINGS) - NOT_SUPPORTED.keys() - {"disable_grouping"}  # has no effect here
+        if unknown:
+            raise ValueError(f"NanoVLMImageProcessor does not know {', '.join(sorted(unknown))}")
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings.update({name: value for name, value in overrides.items() if name in SETTINGS and value is not None})
-        settings["size"] = get_size_dict(settings["size"])
-        return settings
+        return _checked(settings)
 
     def _prepare(self, image: Any, input_data_format: Any, settings: dict[str, Any]) -> np.ndarray:
-        """One picture as an array (height, width, channels)."""
+        """Return one image as an array (height, width, channels)."""
         if not isinstance(image, Image.Image):
-            image = _array_to_pil(to_numpy_array(image), input_data_format)
-        if settings["do_convert_rgb"]:
-            image = to_rgb(image)
-        if settings["do_center_crop"]:
-            image = _central_square(image)
-        if settings["do_resize"]:
-            size = (settings["size"]["width"], settings["size"]["height"])
-            image = image.resize(size, settings["resample"], reducing_gap=3.0)
-        pixels = np.asarray(image)
-        if pixels.ndim == 2:
-            pixels = pixels[:, :, None]
+            image = _to_array(image, input_data_format, settings)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image)
+        pixels = _from_floats(image, settings) if isinstance(image, np.ndarray) else _from_pil(image, settings)
         if not settings["do_rescale"] and not settings["do_normalize"]:
             return pixels
-        # One multiplication and one addition do both steps.
+        # Rescaling and normalisation are combined into one multiplication and one addition.
         scale = np.float32(settings["rescale_factor"] if settings["do_rescale"] else 1.0)
         shift = np.float32(0.0)
         if settings["do_normalize"]:
             std = np.asarray(settings["image_std"], np.float32)
-            scale, shift = scale / std, -np.asarray(settings["image_mean"], np.float32) / std
+            mean = np.asarray(settings["image_mean"], np.float32)
+            for name, values in (("image_mean", mean), ("image_std", std)):
+                if len(values) != pixels.shape[-1]:
+                    raise ValueError(f"{name}: {len(values)} numbers for an image of {pixels.shape[-1]} channels")
+            scale, shift = scale / std, -mean / std
         return pixels.astype(np.float32) * scale + shift
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB picture: EXIF rotation applied, transparency laid over white, 16-bit values scaled."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        # 16-bit greys span 0..65535; other integer and float pictures are taken to be 8-bit when they fit into it.
-        scale = 255.0 / 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
-        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def _refuse_unsupported(arguments: dict[str, Any]) -> None:
+    for name, instead in NOT_SUPPORTED.items():
+        if arguments.get(name):
+            raise ValueError(f"{name} is not supported: {instead}")
 
 
-def _array_to_pil(array: np.ndarray, input_data_format: Any) -> Image.Image:
-    if array.ndim == 3:
-        input_data_format = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in normal form.
+
+    Raises:
+        ValueError: naming the first invalid setting.
+    """
+    checked = dict(settings)
+    for name in ("do_convert_rgb", "do_center_crop", "do_resize", "do_rescale", "do_normalize"):
+        if not isinstance(settings[name], (bool, np.bool_)):
+            raise ValueError(f"{name} must be true or false, not {settings[name]!r}")
+    try:
+        size = dict(get_size_dict(settings["size"]))
+    except Exception:  # Transformers raises several types for an invalid size
+        size = {}
+    if size.keys() != {"height", "width"} or not all(_is_side(side) for side in size.values()):
+        raise ValueError(
+            f"size must have an integer height and width from 1 to {LARGEST_SIDE}, not {settings['size']!r}"
+        )
+    checked["size"] = {name: int(size[name]) for name in ("height", "width")}
+    if settings["resample"] not in list(PILImageResampling) or isinstance(settings["resample"], bool):
+        raise ValueError(f"resample must be one of Pillow's filters, 0 to 5, not {settings['resample']!r}")
+    if not _is_number(settings["rescale_factor"]) or settings["rescale_factor"] == 0:
+        raise ValueError(f"rescale_factor must be a number other than 0, not {settings['rescale_factor']!r}")
+    channels = (3,) if settings["do_convert_rgb"] else (1, 3, 4)
+    for name in ("image_mean", "image_std"):
+        values = settings[name]
+        if _is_number(values):
+            values = [values] * 3
+        if not isinstance(values, (list, tuple, np.ndarray)) or not all(map(_is_number, values)):
+            raise ValueError(f"{name} must be a list of numbers, not {settings[name]!r}")
+        if len(values) not in channels:
+            raise ValueError(f"{name} must have one number for each channel (3), not {len(values)}")
+        if name == "image_std" and not all(value > 0 for value in values):
+            raise ValueError(f"image_std must be above 0, not {settings[name]!r}")
+        checked[name] = [float(value) for value in values]
+    return checked
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (Real, np.number)) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
+
+
+def _is_side(value: Any) -> bool:
+    return _is_number(value) and value == int(value) and 1 <= value <= LARGEST_SIDE
+
+
+def _from_pil(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
+    """Return a Pillow image converted and resized, (height, width, channels)."""
+    if settings["do_convert_rgb"]:
+        image = to_rgb(image)
+    if settings["do_center_crop"]:
+        left, top, side = central_square(image.width, image.height)
+        image = image.crop((left, top, left + side, top + side))
+    if settings["do_resize"]:
+        size = (settings["size"]["width"], settings["size"]["height"])
+        image = image.resize(size, settings["resample"], reducing_gap=3.0)
+    pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _to_array(image: Any, input_data_format: Any, settings: dict[str, Any]) -> np.ndarray:
+    """Return an array or tensor as (height, width, channels), uint8 or float32."""
+    if is_torch_tensor(image) and image.is_floating_point():
+        image = image.float()  # NumPy has no bfloat16
+    array = to_numpy_array(image)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif input_data_format is None and not any(channels in (1, 3) for channels in (array.shape[0], array.shape[-1])):
+        array = to_channel_dimension_format(
+            array, ChannelDimension.LAST, infer_channel_dimension_format(array, num_channels=4)
+        )
+    else:
         array = to_channel_dimension_format(array, ChannelDimension.LAST, input_data_format)
-        if array.shape[-1] == 1:
-            array = array[:, :, 0]
-    if array.dtype == np.uint16:
-        array = array // 257
-    elif array.dtype != np.uint8 and array.size and array.max() <= 1 and array.dtype.kind == "f":
-        array = array * 255  # floats from 0 to 1
-    return Image.fromarray(np.clip(np.round(array), 0, 255).astype(np.uint8))
+    if not array.size or array.dtype.kind not in "buif":
+        raise ValueError(f"images must have pixels that are numbers, not {array.dtype} of shape {array.shape}")
+    if settings["do_rescale"] and is_scaled_image(array):
+        logger.warning_once(
+            "Values from 0 to 1 are multiplied by rescale_factor again: give do_rescale=False for images that are "
+            "rescaled already."
+        )
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    least, most = int(array.min()), int(array.max())
+    if least >= 0 and most <= 255:
+        return array.astype(np.uint8)
+    if least < 0 or not settings["do_rescale"] or most * settings["rescale_factor"] > 1 + 1e-6:
+        raise ValueError(
+            f"images of integers must have values from 0 to 255, or rescale_factor must take them to 0..1 (1/65535); "
+            f"these have {least} to {most}"
+        )
+    return array.astype(np.float32)
 
 
-def _central_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _from_floats(array: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    """Return a float32 array converted and resized in its own precision."""
+    white = 1 / settings["rescale_factor"] if settings["do_rescale"] else 1.0
+    if settings["do_convert_rgb"]:
+        if array.shape[-1] == 4:
+            alpha = np.clip(array[:, :, 3:] / np.float32(white), 0, 1)
+            array = array[:, :, :3] * alpha + np.float32(white) * (1 - alpha)
+        elif array.shape[-1] == 1:
+            array = np.repeat(array, 3, axis=-1)
+    if settings["do_center_crop"]:
+        left, top, side = central_square(array.shape[1], array.shape[0])
+        array = array[top : top + side, left : left + side]
+    size = (settings["size"]["width"], settings["size"]["height"])
+    if not settings["do_resize"] or array.shape[1::-1] == size:
+        return array
+    # The filter overshoots at edges. As Pillow does for 8-bit images, values are clipped after each of two passes.
+    limits = (0, next((most for most in (white, 255.0) if array.max() <= most), np.inf))
+    if not array.min() >= 0:
+        limits = (-np.inf, np.inf)
+    for one_pass in ((size[0], array.shape[0]), size):
+        channels = [
+            Image.fromarray(np.ascontiguousarray(array[:, :, channel])).resize(
+                one_pass, settings["resample"], reducing_gap=3.0
+            )
+            for channel in range(array.shape[-1])
+        ]
+        array = np.stack([np.clip(np.asarray(channel), *limits) for channel in channels], axis=-1)
+    return array
 
 
 __all__ = ["NanoVLMImageProcessor"]

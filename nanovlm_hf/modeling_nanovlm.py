@@ -1,14 +1,14 @@
-"""NanoVLM (section 2.2 of the paper): visual encoder, projector and decoder, as a Transformers model.
+"""NanoVLM (section 2.2 of the paper) as a Transformers model: vision encoder, projector and decoder.
 
 Shapes in comments and docstrings: B batch, T length of the sequence, D width of the encoder, C width of the decoder,
-P patches of an image (196), I tokens that an image takes in the sequence (1, 196 or 197).
+P patches of an image (196), I tokens of an image in the sequence (1, 196 or 197).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -23,10 +23,14 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from ._compat import causal_mask, init
+from .compat_nanovlm import causal_mask, forget_renaming, init
 from .configuration_nanovlm import NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
+from .hub_nanovlm import MODEL_AUTO_CLASSES, registered
+from .paper_nanovlm import projector_widths
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -36,9 +40,9 @@ class NanoVLMModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         last_hidden_state: (B, T, C), after the decoder's last LayerNorm.
         past_key_values: keys and values of the decoder, with `use_cache`.
-        hidden_states: one (B, T, C) for the embeddings and one after each block, with `output_hidden_states`.
-        attentions: one (B, heads, T, T) a block, with `output_attentions`.
-        image_hidden_states: (images, I, C), the projected picture, where there was one.
+        hidden_states: one (B, T, C) for the embeddings and one for each layer, with `output_hidden_states`.
+        attentions: one (B, heads, T, T) for each layer of the decoder, with `output_attentions`.
+        image_hidden_states: (images, I, C), the projected image features; None without images.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -46,10 +50,10 @@ class NanoVLMModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class NanoVLMCausalLMOutputWithPast(ModelOutput):
-    """Output of `NanoVLMForConditionalGeneration`: that of `NanoVLMModel`, and
+    """Output of `NanoVLMForConditionalGeneration`: the fields of `NanoVLMModelOutputWithPast`, and these.
 
     Args:
-        loss: mean cross-entropy in nats over the labels that are not -100, where labels were given.
+        loss: mean cross-entropy in nats over the labels that are not -100; None without labels.
         logits: (B, T, vocabulary), of the positions in `logits_to_keep`.
     """
 
@@ -71,23 +75,58 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out. (B, heads, queries, head width) in, (B, queries, heads, head width) and weights out."""
+    """Compute attention with plain matrix products.
+
+    Takes (B, heads, length, head width); returns (B, length, heads, head width) and the attention weights.
+    """
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
-        weights = weights + attention_mask[:, :, :, : key.shape[-2]]
+        attention_mask = attention_mask[:, :, :, : key.shape[-2]]
+        if attention_mask.dtype == torch.bool:  # the caller prepared it for SDPA
+            weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+        else:
+            weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class NanoVLMAttention(nn.Module):
-    """Multi-head attention of either tower; the projections have biases, as the counts of Table 2 ask."""
+def attention_forward(
+    module: NanoVLMVisionAttention | NanoVLMTextAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    output_attentions: bool,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention with the implementation that the config selects, or eagerly if the weights are to be returned.
 
-    def __init__(self, config: NanoVLMVisionConfig | NanoVLMTextConfig, layer_idx: int, is_causal: bool):
+    Takes (B, heads, length, head width); returns (B, length, width) and the weights, None unless they are computed.
+    """
+    # `set_attn_implementation` searches this file for the call of `get_interface` below (Transformers 5) or for the
+    # text `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]` (4.57).
+    implementation = module.config._attn_implementation
+    attention: Callable = eager_attention_forward
+    if not output_attentions:
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        elif implementation != "eager":
+            attention = ALL_ATTENTION_FUNCTIONS[implementation]
+    dropout = module.config.attention_dropout if module.training else 0.0
+    output, weights = attention(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
+    )
+    return output.flatten(2).contiguous(), weights
+
+
+class NanoVLMVisionAttention(nn.Module):
+    """Multi-head attention of every position to every position."""
+
+    def __init__(self, config: NanoVLMVisionConfig):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = is_causal
+        self.is_causal = False
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -99,34 +138,56 @@ class NanoVLMAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         num_queries: int | None = None,
+        output_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = split_heads(self.q_proj(hidden_states[:, :num_queries]), self.head_dim)
+        key = split_heads(self.k_proj(hidden_states), self.head_dim)
+        value = split_heads(self.v_proj(hidden_states), self.head_dim)
+        output, weights = attention_forward(self, query, key, value, None, output_attentions, **kwargs)
+        return self.out_proj(output), weights
+
+
+class NanoVLMTextAttention(nn.Module):
+    """Multi-head causal attention with a cache."""
+
+    def __init__(self, config: NanoVLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         cache_position: torch.Tensor | None = None,
-        **kwargs: Any,
+        output_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def heads(projected: torch.Tensor) -> torch.Tensor:
-            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        query = heads(self.q_proj(hidden_states[:, :num_queries]))
-        key, value = heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
+        query = split_heads(self.q_proj(hidden_states), self.head_dim)
+        key = split_heads(self.k_proj(hidden_states), self.head_dim)
+        value = split_heads(self.v_proj(hidden_states), self.head_dim)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        output, weights = attention_forward(self, query, key, value, attention_mask, output_attentions, **kwargs)
+        return self.out_proj(output), weights
 
-        # Transformers searches this file for both look-ups: version 5 for the first, 4.57 for the second.
-        attention: Callable = eager_attention_forward
-        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        elif self.config._attn_implementation != "eager":
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.out_proj(output.flatten(2).contiguous()), weights
+
+def split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return (B, length, width) as (B, heads, length, head width)."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 class NanoVLMMLP(nn.Module):
-    """Two linear layers, four times as wide between them."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, config: NanoVLMVisionConfig | NanoVLMTextConfig):
         super().__init__()
@@ -138,184 +199,267 @@ class NanoVLMMLP(nn.Module):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
-class NanoVLMBlock(GradientCheckpointingLayer):
-    """A pre-norm transformer block (figure 5), of the encoder (full attention) or of the decoder (causal).
+class NanoVLMVisionLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer of the vision encoder (figure 5)."""
 
-    With `num_queries` it gives the states of the first so many positions alone, each having seen all of them.
-    """
-
-    def __init__(self, config: NanoVLMVisionConfig | NanoVLMTextConfig, layer_idx: int, is_causal: bool):
+    def __init__(self, config: NanoVLMVisionConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = NanoVLMAttention(config, layer_idx, is_causal)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = NanoVLMVisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = NanoVLMMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.self_attn(self.norm1(hidden_states), num_queries, **kwargs)
+        """Return the states of the first `num_queries` positions (all if None), which attend to every position."""
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), num_queries=num_queries, **kwargs)
         hidden_states = hidden_states[:, :num_queries] + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.norm2(hidden_states)))
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm2(hidden_states)))
         return hidden_states, weights
 
 
-class NanoVLMPatchEmbedding(nn.Module):
-    """Patches to tokens (figure 4): two convolutions, each with LayerNorm and ReLU, then a linear layer.
+class NanoVLMTextLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer of the decoder (figure 5)."""
 
-    (B, channels, height, width) in, (B, P, D) out.
+    def __init__(self, config: NanoVLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = NanoVLMTextAttention(config, layer_idx)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = NanoVLMMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm2(hidden_states)))
+        return hidden_states, weights
+
+
+class NanoVLMPatchEmbeddings(nn.Module):
+    """Turn patches into tokens (figure 4): two convolutions, each with LayerNorm and ReLU, then a linear layer.
+
+    Takes (B, channels, height, width); returns (B, P, D).
     """
 
     def __init__(self, config: NanoVLMVisionConfig):
         super().__init__()
         width = config.hidden_size
         self.conv1 = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)
-        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc = nn.Linear(width, width)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        # The channels stay last throughout, which the LayerNorms need and the convolutions like.
+        # The channels stay last throughout: LayerNorm needs it, and it is the faster layout for the convolutions.
         grid = self.conv1(pixel_values.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        grid = nn.functional.relu(self.norm1(grid)).permute(0, 3, 1, 2)
+        grid = nn.functional.relu(self.layer_norm1(grid)).permute(0, 3, 1, 2)
         grid = self.conv2(grid).permute(0, 2, 3, 1)
-        return self.fc(nn.functional.relu(self.norm2(grid))).flatten(1, 2)
+        return self.fc(nn.functional.relu(self.layer_norm2(grid))).flatten(1, 2)
+
+
+class NanoVLMVisionEmbeddings(nn.Module):
+    """[CLS] and patch embeddings with learned positions, and PatchDropout while training."""
+
+    def __init__(self, config: NanoVLMVisionConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.hidden_size))
+        self.patch_embeddings = NanoVLMPatchEmbeddings(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        positions = self.position_embeddings
+        if interpolate_pos_encoding:
+            positions = self.interpolate_pos_encoding(height, width)
+        hidden_states = torch.cat([cls_token, patches], dim=1) + positions
+        if self.training and self.config.patch_dropout:
+            hidden_states = _drop_patches(hidden_states, self.config.patch_dropout)
+        return self.dropout(hidden_states)
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
+        """Return the position embeddings of an image of `height` x `width` pixels, (1, P + 1, D)."""
+        side, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
+        grid = (height // patch, width // patch)
+        if grid == (side, side):
+            return self.position_embeddings
+        of_patches = self.position_embeddings[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        of_patches = nn.functional.interpolate(of_patches, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([self.position_embeddings[:, :1], of_patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class NanoVLMProjector(nn.Module):
-    """The visual-textual connector (section 2.2.2): two layers with GELU between, as the shares of Table 2 ask.
+    """Visual-textual connector (section 2.2.2): two linear layers with GELU between them, as Table 2 requires.
 
-    (..., D) in, (..., C) out.
+    Takes (..., D); returns (..., C).
     """
 
     def __init__(self, config: NanoVLMConfig):
         super().__init__()
-        width = config.vision_config.hidden_size
-        self.fc1 = nn.Linear(width, 4 * width)
+        width, hidden_width, text_width = projector_widths(config)
+        self.fc1 = nn.Linear(width, hidden_width)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.fc2 = nn.Linear(4 * width, config.text_config.hidden_size)
+        self.fc2 = nn.Linear(hidden_width, text_width)
         self.dropout = nn.Dropout(config.text_config.hidden_dropout)
 
     def forward(self, image_states: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.fc2(self.act(self.fc1(image_states))))
 
 
+# Patterns for weight names of version 0.1.0, and the names that replace them. Transformers 4.57 applies only the first
+# pattern that matches, version 5 all of them in turn: no name that results may match another pattern.
+_LAYERS_0_1_0 = {
+    r"(?<!\w)blocks\.(\d+\.)norm1\.": r"layers.\1layer_norm1.",
+    r"(?<!\w)blocks\.(\d+\.)norm2\.": r"layers.\1layer_norm2.",
+    r"(?<!\w)blocks\.": "layers.",
+}
+
+
+def _vision_names_0_1_0(tower: str, anchor: str = "") -> dict[str, str]:
+    """Return the renaming of the vision encoder's weights where their names start with `tower`."""
+    old = anchor + tower.replace(".", r"\.")
+    return {
+        old + r"cls_token$": f"{tower}embeddings.cls_token",
+        old + r"position_embedding$": f"{tower}embeddings.position_embeddings",
+        old + r"patch_embedding\.norm(\d)\.": tower + r"embeddings.patch_embeddings.layer_norm\1.",
+        old + r"patch_embedding\.": f"{tower}embeddings.patch_embeddings.",
+        old + r"pre_norm\.": f"{tower}pre_layernorm.",
+        old + r"norm\.": f"{tower}post_layernorm.",
+    }
+
+
 class NanoVLMPreTrainedModel(PreTrainedModel):
-    """What every NanoVLM class shares: how weights begin, and what Transformers may do with the model."""
+    """Base class: weight initialisation, loading of old weight names, and capabilities of the model."""
 
     config: NanoVLMConfig
     config_class = NanoVLMConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["NanoVLMBlock"]
+    _no_split_modules = ["NanoVLMVisionEmbeddings", "NanoVLMVisionLayer", "NanoVLMTextLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _names_0_1_0 = {
+        **_vision_names_0_1_0("vision_tower."),
+        r"language_model\.position_embedding\.": "language_model.embed_positions.",
+        **_LAYERS_0_1_0,
+    }
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        """Load a checkpoint as every Transformers model does.
+
+        Weights of version 0.1.0, which had other names, are renamed unless `key_mapping` is given; saving the model
+        writes the current names.
+        """
+        if key_mapping is not None:
+            return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
+        loaded = super().from_pretrained(*args, key_mapping=dict(cls._names_0_1_0), **kwargs)
+        forget_renaming(loaded[0] if isinstance(loaded, tuple) else loaded, cls._names_0_1_0)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.normal_(module.weight, std=self._weight_std(module))
+            std = self._initializer_range()
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5 if std is None else std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self._weight_std(module))
-            if module.padding_idx is not None:
-                init.zeros_(module.weight[module.padding_idx])
+            init.normal_(module.weight, std=self.config.get_text_config().initializer_range)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, NanoVLMVisionModel):
-            std = 0.02 if module.config.initializer_range is None else module.config.initializer_range
-            init.normal_(module.cls_token, std=std)
-            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, NanoVLMVisionEmbeddings):
+            std = self._initializer_range()
+            init.normal_(module.cls_token, std=0.02 if std is None else std)
+            init.normal_(module.position_embeddings, std=0.02 if std is None else std)
 
-    def _weight_std(self, module: nn.Module) -> float:
-        config = self.config
-        if isinstance(config, NanoVLMConfig):  # the projector belongs to the vision side, the LM head to the text's
-            is_head = module is self.get_output_embeddings()
-            config = config.text_config if is_head else config.vision_config
-        if config.initializer_range is not None:
-            return config.initializer_range
-        return module.weight[0].numel() ** -0.5
+    def _initializer_range(self) -> float | None:
+        """Return the standard deviation of the layers that belong to this model but not to a model inside it.
+
+        None stands for fan_in ** -0.5.
+        """
+        return self.config.initializer_range
 
 
 class NanoVLMVisionModel(NanoVLMPreTrainedModel):
-    """The visual encoder (section 2.2.1): pixels to the states of [CLS] and the patches."""
+    """Vision encoder (section 2.2.1): pixels to the states of [CLS] and the patches."""
 
     config: NanoVLMVisionConfig
     config_class = NanoVLMVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _names_0_1_0 = {**_vision_names_0_1_0("", anchor="^"), **_LAYERS_0_1_0}
 
     def __init__(self, config: NanoVLMVisionConfig):
         super().__init__(config)
-        self.patch_embedding = NanoVLMPatchEmbedding(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.blocks = nn.ModuleList(
-            NanoVLMBlock(config, layer_idx, is_causal=False) for layer_idx in range(config.num_hidden_layers)
-        )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = NanoVLMVisionEmbeddings(config)
+        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(NanoVLMVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embedding
+        return self.embeddings.patch_embeddings
 
     @can_return_tuple
     def forward(
         self,
         pixel_values: torch.FloatTensor,
         cls_only: bool = False,
+        interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Encodes images.
+        """Encode images.
 
         Args:
             pixel_values: (B, channels, image_size, image_size), normalised.
-            cls_only: skip what the last block would do for the patches, which [CLS] does not see any more.
-                `last_hidden_state` is then (B, 1, D).
+            cls_only: return the state of [CLS] alone as `last_hidden_state` (B, 1, D). The last layer then computes no
+                other position, unless hidden states or attentions are requested.
+            interpolate_pos_encoding: accept images of any size and interpolate the position embeddings.
 
         Returns:
-            `last_hidden_state` (B, P + 1, D), [CLS] first; `pooler_output` (B, D), the state of [CLS].
+            `last_hidden_state` (B, P + 1, D), [CLS] first; `pooler_output` (B, D), the state of [CLS]; with
+            `output_hidden_states` one (B, P + 1, D) for the embeddings and one for each layer; with
+            `output_attentions` one (B, heads, P + 1, P + 1) for each layer.
 
         Raises:
-            ValueError: if the images are not of the config's size.
+            ValueError: if the images do not have the size of the config.
         """
-        size = self.config.image_size
-        if pixel_values.shape[1:] != (self.config.num_channels, size, size):
-            raise ValueError(
-                f"pixel_values is {tuple(pixel_values.shape)}, this model takes "
-                f"(batch, {self.config.num_channels}, {size}, {size}): prepare images with its image processor"
-            )
-        output_attentions, output_hidden_states = _outputs_asked_for(
+        self._check_size(pixel_values, interpolate_pos_encoding)
+        output_attentions, output_hidden_states = _resolve_output_flags(
             self.config, output_attentions, output_hidden_states
         )
-        patches = self.patch_embedding(pixel_values.to(self.cls_token.dtype))
-        hidden_states = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
-        hidden_states = hidden_states + self.position_embedding
-        if self.training and self.config.patch_dropout:
-            hidden_states = _drop_patches(hidden_states, self.config.patch_dropout)
-        hidden_states = self.pre_norm(self.dropout(hidden_states))
-
+        hidden_states = self.pre_layernorm(self.embeddings(pixel_values, interpolate_pos_encoding))
         all_hidden_states, all_attentions = [hidden_states], []
-        for block in self.blocks:
-            num_queries = 1 if cls_only and block is self.blocks[-1] else None
-            hidden_states, weights = block(hidden_states, num_queries)
+        num_queries = 1 if cls_only and not (output_hidden_states or output_attentions) else None
+        for number, layer in enumerate(self.layers, start=1):
+            hidden_states, weights = layer(
+                hidden_states,
+                num_queries=num_queries if number == len(self.layers) else None,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
             all_hidden_states.append(hidden_states)
             all_attentions.append(weights)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.post_layernorm(hidden_states[:, :1] if cls_only else hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
@@ -323,21 +467,37 @@ class NanoVLMVisionModel(NanoVLMPreTrainedModel):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
+    def _check_size(self, pixel_values: torch.Tensor, any_size: bool) -> None:
+        channels, size, patch = self.config.num_channels, self.config.image_size, self.config.patch_size
+        if any_size:
+            if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or min(pixel_values.shape[2:]) < patch:
+                raise ValueError(
+                    f"pixel_values is {tuple(pixel_values.shape)}, this model takes (batch, {channels}, height, width) "
+                    f"of at least {patch} x {patch} pixels"
+                )
+        elif pixel_values.shape[1:] != (channels, size, size):
+            raise ValueError(
+                f"pixel_values is {tuple(pixel_values.shape)}, this model takes "
+                f"(batch, {channels}, {size}, {size}): prepare images with its image processor or pass "
+                "interpolate_pos_encoding=True"
+            )
+
 
 class NanoVLMTextModel(NanoVLMPreTrainedModel):
-    """The decoder without its head (section 2.2.3): embeddings to the states that the LM head reads."""
+    """Decoder without the LM head (section 2.2.3)."""
 
     config: NanoVLMTextConfig
     config_class = NanoVLMTextConfig
     input_modalities = ("text",)
+    _names_0_1_0 = {r"^position_embedding\.": "embed_positions.", **_LAYERS_0_1_0}
 
     def __init__(self, config: NanoVLMTextConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(
-            NanoVLMBlock(config, layer_idx, is_causal=True) for layer_idx in range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(
+            NanoVLMTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -354,11 +514,12 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Decodes a sequence of tokens (B, T) or embeddings (B, T, C).
+        """Decode a sequence of tokens (B, T) or embeddings (B, T, C).
 
-        Without `position_ids` they are counted along a 2-D `attention_mask`, so padding on either side moves nothing.
+        Without `position_ids`, positions are counted along a 2-D `attention_mask`: padding takes none. Given positions
+        are checked on the CPU only, since reading them elsewhere would synchronise with the device.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, or a position lies past the
@@ -366,7 +527,7 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        output_attentions, output_hidden_states = _outputs_asked_for(
+        output_attentions, output_hidden_states = _resolve_output_flags(
             self.config, output_attentions, output_hidden_states
         )
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -378,25 +539,42 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         length = inputs_embeds.shape[1]
-        # Transformers 4 passes the positions in the cache while it generates, 5 leaves them to the cache itself.
+        end = None  # upper bound of the positions, where it is known without reading the tensor
+        # Transformers 4 passes the positions in the cache during generation; in version 5 the cache knows them.
         cache_position = kwargs.pop("cache_position", None)
         if cache_position is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             cache_position = torch.arange(length, device=inputs_embeds.device) + seen
+            end = seen + length
+        if attention_mask is not None and (end is None or attention_mask.ndim == 2):
+            end = attention_mask.shape[-1]
         if position_ids is None:
             position_ids = _count_positions(attention_mask, cache_position)
-        self._check_positions(position_ids, attention_mask)
+        elif position_ids.device.type == "cpu":
+            end = None
+        elif end is None:
+            end = 0
+        self._check_positions(position_ids, end)
 
-        mask = causal_mask(self.config, inputs_embeds, attention_mask, cache_position, past_key_values, position_ids)
-        hidden_states = self.dropout(inputs_embeds + self.position_embedding(position_ids))
+        mask = causal_mask(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            cache_position,
+            past_key_values,
+            position_ids,
+            eager=output_attentions,
+        )
+        hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         all_hidden_states, all_attentions = [hidden_states], []
-        for block in self.blocks:
-            hidden_states, weights = block(
+        for layer in self.layers:
+            hidden_states, weights = layer(
                 hidden_states,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 cache_position=cache_position,
                 position_ids=position_ids,
+                output_attentions=output_attentions,
                 **kwargs,
             )
             all_hidden_states.append(hidden_states)
@@ -410,12 +588,10 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def _check_positions(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def _check_positions(self, position_ids: torch.Tensor, end: int | None) -> None:
+        """Raise a ValueError for a position past the table; read the positions only if `end` does not rule it out."""
         entries = self.config.max_position_embeddings
-        if torch.compiler.is_compiling() or position_ids.numel() == 0:
-            return
-        # A mask that is short enough answers without waiting for a GPU.
-        if position_ids.device.type != "cpu" and attention_mask is not None and attention_mask.shape[-1] <= entries:
+        if torch.compiler.is_compiling() or position_ids.numel() == 0 or (end is not None and end <= entries):
             return
         last = int(position_ids.max())
         if last >= entries:
@@ -426,7 +602,7 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
 
 
 class NanoVLMModel(NanoVLMPreTrainedModel):
-    """Encoder, projector and decoder, without the LM head."""
+    """Vision encoder, projector and decoder, without the LM head."""
 
     def __init__(self, config: NanoVLMConfig):
         super().__init__(config)
@@ -434,6 +610,9 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
         self.multi_modal_projector = NanoVLMProjector(config)
         self.language_model = NanoVLMTextModel(config.text_config)
         self.post_init()
+
+    def _initializer_range(self) -> float | None:
+        return self.config.vision_config.initializer_range  # of the projector
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
@@ -446,13 +625,15 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """What the decoder sees of each image.
+        """Return the image tokens that the decoder reads.
 
         Args:
             pixel_values: (images, channels, image_size, image_size), normalised.
+            kwargs: arguments of `NanoVLMVisionModel.forward`, such as `output_hidden_states`.
 
         Returns:
-            The encoder's output, with the projected features (images, I, C) as `pooler_output`.
+            The output of the vision encoder, with the projected features (images, I, C) as `pooler_output`. With the
+            `cls` strategy `last_hidden_state` is the state of [CLS] alone.
         """
         strategy = self.config.vision_feature_select_strategy
         outputs = self.vision_tower(pixel_values, cls_only=strategy == "cls", **kwargs | {"return_dict": True})
@@ -468,10 +649,10 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
         inputs_embeds: torch.FloatTensor,
         image_features: torch.FloatTensor,
     ) -> torch.BoolTensor:
-        """Where the `<image>` tokens stand, (B, T, 1).
+        """Return the mask of the `<image>` tokens, (B, T, 1).
 
         Raises:
-            ValueError: if they are not as many as the image features.
+            ValueError: if their number differs from that of the image features.
         """
         if input_ids is None:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -495,14 +676,17 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Any,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NanoVLMModelOutputWithPast:
-        """Puts the picture in the place of the `<image>` tokens and decodes.
+        """Replace the embeddings of the `<image>` tokens by the image features and decode the sequence.
 
         Args:
             input_ids: (B, T), `<image>` tokens included; or `inputs_embeds`, (B, T, C).
-            pixel_values: (images, channels, image_size, image_size); None after the first step of a generation.
-            attention_mask: (B, T so far), 1 for tokens and 0 for padding.
+            pixel_values: (images, channels, image_size, image_size); None after the first step of generation.
+            attention_mask: (B, T with the cache), 1 for tokens and 0 for padding.
+            interpolate_pos_encoding: accept images of any size; with `patch` and `full` their number of patches must
+                match the number of `<image>` tokens.
 
         Raises:
             ValueError: if the `<image>` tokens and the images do not match, and as `NanoVLMTextModel.forward`.
@@ -513,7 +697,9 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+            image_features = self.get_image_features(
+                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
+            ).pooler_output
             image_features = image_features.to(inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
@@ -528,7 +714,7 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
 
 
 class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
-    """NanoVLM with its LM head: completes a sentence about a picture.
+    """NanoVLM with its LM head: complete a description of an image.
 
     Example:
 
@@ -551,6 +737,9 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    def _initializer_range(self) -> float | None:
+        return self.config.text_config.initializer_range  # of the LM head
+
     @property
     def vision_tower(self) -> nn.Module:
         return self.model.vision_tower
@@ -571,11 +760,24 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model with the code that loads it by `trust_remote_code=True`; push the processor as well."""
+        classes = {type(self.config): "AutoConfig", type(self): "AutoModelForImageTextToText"}
+        before = getattr(self.config, "auto_map", None)
+        self.config.auto_map = dict(MODEL_AUTO_CLASSES)
+        try:
+            with registered(classes):
+                return super().push_to_hub(*args, **kwargs)
+        finally:
+            del self.config.auto_map
+            if before is not None:
+                self.config.auto_map = before
+
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """As `NanoVLMModel.get_image_features`."""
+        """See `NanoVLMModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
@@ -589,13 +791,16 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        interpolate_pos_encoding: bool = False,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NanoVLMCausalLMOutputWithPast:
-        """As `NanoVLMModel.forward`, and
+        """Run `NanoVLMModel.forward`, whose arguments it shares, and the LM head.
 
         Args:
-            labels: (B, T), the ids of the sequence itself (they are shifted inside), -100 where there is no loss.
-            logits_to_keep: compute the last so many logits alone, or those at these indices; 0 means all.
+            labels: (B, T), the ids of the sequence itself (they are shifted here), -100 at positions without a loss.
+            logits_to_keep: number of last positions, or indices of positions, to compute logits for; 0 means all.
+            mm_token_type_ids: ignored; processors may return it.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -604,6 +809,7 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            interpolate_pos_encoding=interpolate_pos_encoding,
             **kwargs | {"return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -625,16 +831,16 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As every model's; the picture goes in with the first step alone."""
+        """Prepare the inputs of a generation step; only the first one has the image."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        cache_position = kwargs.get("cache_position")  # given by Transformers 4; version 5 drops the picture itself
+        cache_position = kwargs.get("cache_position")  # of Transformers 4; version 5 drops the image itself
         if cache_position is not None and cache_position[0] != 0:
             inputs.pop("pixel_values", None)
         return inputs
 
 
 def _count_positions(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
-    """Positions (B or 1, T) of the tokens at `cache_position` (T,), padding left out of the count."""
+    """Return the positions (B or 1, T) of the tokens at `cache_position` (T,), not counting padding."""
     if attention_mask is None or attention_mask.ndim != 2:
         return cache_position.unsqueeze(0)
     counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -642,20 +848,25 @@ def _count_positions(attention_mask: torch.Tensor | None, cache_position: torch.
 
 
 def _drop_patches(hidden_states: torch.Tensor, share: float) -> torch.Tensor:
-    """[CLS] and patches drawn at random, others for each image (PatchDropout, Liu et al. 2022). (B, P + 1, D) in."""
+    """Keep [CLS] and random patches of each image, (B, P + 1, D) (PatchDropout, Liu et al. 2022)."""
     batch, length, _ = hidden_states.shape
     kept = max(1, round((length - 1) * (1 - share)))
     drawn = torch.rand(batch, length - 1, device=hidden_states.device).argsort(dim=1)[:, :kept] + 1
     rows = torch.arange(batch, device=hidden_states.device)[:, None] * length
-    places = torch.cat([rows, rows + drawn], dim=1)
-    return hidden_states.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
+    indices = torch.cat([rows, rows + drawn], dim=1)
+    return hidden_states.flatten(0, 1).index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
-def _outputs_asked_for(config: Any, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
-    return (
-        config.output_attentions if attentions is None else attentions,
-        config.output_hidden_states if hidden_states is None else hidden_states,
-    )
+def _resolve_output_flags(config: Any, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
+    """Return whether to output attentions and hidden states; warn once if that needs eager attention."""
+    attentions = bool(config.output_attentions if attentions is None else attentions)
+    hidden_states = bool(config.output_hidden_states if hidden_states is None else hidden_states)
+    if attentions and config._attn_implementation != "eager" and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"{config._attn_implementation} attention does not return its weights, so output_attentions=True falls "
+            "back to eager attention. Load the model with attn_implementation='eager' to avoid this warning."
+        )
+    return attentions, hidden_states
 
 
 __all__ = [

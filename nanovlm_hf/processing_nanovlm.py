@@ -1,6 +1,6 @@
-"""Picture and partial text to model inputs: `<image> text`, padded for generation or for training.
+"""Prepare images and texts as model inputs: `<image>` and text, padded for generation or training.
 
-No `from __future__ import annotations` here: Transformers 5 reads the annotations of the keyword classes as they are.
+It must not import `annotations` from `__future__`: Transformers 5 reads the annotations of the kwargs classes.
 """
 
 from pathlib import Path
@@ -11,13 +11,38 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs
 
-from ._compat import IS_TRANSFORMERS_4, make_tokenizer_portable
+from .compat_nanovlm import IS_TRANSFORMERS_4, make_tokenizer_portable
+from .hub_nanovlm import registered
+from .image_processing_nanovlm import NanoVLMImageProcessor
+
+# A chat as a prompt: the image first, then the texts of user and assistant, without roles. If the last text is the
+# assistant's, it ends a description, as in training data; `continue_final_message` removes the `<eos>` again.
+CHAT_TEMPLATE = """\
+{%- set prompt = namespace(images='', text='') -%}
+{%- for message in messages if message['role'] in ('user', 'assistant') -%}
+    {%- if message['content'] is string -%}
+        {%- set prompt.text = (prompt.text + ' ' + message['content'] | trim) | trim -%}
+    {%- else -%}
+        {%- for content in message['content'] or [] -%}
+            {%- if content['type'] in ('image', 'image_url') -%}
+                {%- set prompt.images = prompt.images + '<image>' -%}
+            {%- elif content['type'] == 'text' -%}
+                {%- set prompt.text = (prompt.text + ' ' + content['text'] | trim) | trim -%}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- prompt.images + prompt.text -}}
+{%- if messages and messages[-1]['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+"""
 
 
 class NanoVLMTextKwargs(TextKwargs, total=False):
-    """Text arguments of a processor, and `return_labels`: prepare a training batch."""
+    """Text arguments of a processor, and `return_labels` to prepare a training batch."""
 
     return_labels: bool
+    return_mm_token_type_ids: bool
+    return_text_replacement_offsets: bool
 
 
 class NanoVLMProcessorKwargs(ProcessingKwargs, total=False):
@@ -28,21 +53,21 @@ class NanoVLMProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class NanoVLMProcessor(ProcessorMixin):
-    """Image processor and tokenizer in one, and the `<image>` placeholders between them.
+    """Combine an image processor and a tokenizer, and insert the `<image>` placeholders.
 
     Args:
         image_processor: a `NanoVLMImageProcessor`.
         tokenizer: a `PreTrainedTokenizerFast` with an `<image>` token.
-        image_seq_length: tokens a picture takes (`NanoVLMConfig.image_seq_length`): 1, or 196 or 197 beyond the paper.
-        chat_template: none by default; a plain prefix is this model's whole prompt.
+        image_seq_length: tokens of an image, as in `NanoVLMConfig.image_seq_length`.
+        chat_template: None stands for `CHAT_TEMPLATE`: the image, then the texts of the messages without roles.
 
     Raises:
         ValueError: if the tokenizer has no `<image>` token.
     """
 
-    if IS_TRANSFORMERS_4:  # version 5 infers these from __init__ and warns about them
+    if IS_TRANSFORMERS_4:  # version 5 infers these from __init__ and warns if they are given
         attributes = ["image_processor", "tokenizer"]
-        image_processor_class = "AutoImageProcessor"
+        image_processor_class = "NanoVLMImageProcessor"  # AutoImageProcessor warns that there is no fast one
         tokenizer_class = "AutoTokenizer"
     valid_processor_kwargs = NanoVLMProcessorKwargs
 
@@ -62,7 +87,14 @@ class NanoVLMProcessor(ProcessorMixin):
                 raise ValueError(
                     f"the tokenizer has no {self.image_token} token: train one with `nanovlm data tokenizer`"
                 )
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> type:
+        """Return the class of a part of the processor by name; this one may not be registered with an Auto class."""
+        if module_name == NanoVLMImageProcessor.__name__:
+            return NanoVLMImageProcessor
+        return ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     def __call__(
         self,
@@ -70,22 +102,27 @@ class NanoVLMProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Unpack[NanoVLMProcessorKwargs],
     ) -> BatchFeature:
-        """Prepares pictures and texts.
+        """Prepare images and texts.
+
+        Whitespace at the ends of a text and after a leading `<image>` is stripped: tokens start with the space before a
+        word, so a trailing space would become a token that the model has never seen before a word.
 
         Args:
-            images: one picture a text, as `NanoVLMImageProcessor` takes them; a list of lists may leave texts without
-                one; None for text alone.
-            text: partial descriptions (prefixes), or whole ones with `return_labels`; None lets the model begin by
-                itself. `<image>` goes before each, unless the text has one already.
-            kwargs: arguments of the image processor and of the tokenizer, among them
-                `return_labels`: True ends each text with `<eos>`, pads on the right and adds `labels`, -100 at the
-                picture and the padding. False (default) pads on the left, for `generate()`.
+            images: one image for each text; in a list of lists, texts may have none. None for text only.
+            text: prefixes to complete, or whole descriptions with `return_labels`; None stands for empty prefixes.
+                `<image>` is prepended to a text that has an image and no placeholder.
+            kwargs: arguments of the image processor and the tokenizer, and these:
+                `return_labels`: append `<eos>`, pad on the right and return `labels`, -100 at image and padding tokens.
+                By default texts are padded on the left, for `generate()`.
+                `return_mm_token_type_ids`: return `mm_token_type_ids`, 1 at image tokens and 0 elsewhere.
+                `return_text_replacement_offsets`: return `text_replacement_offsets`, a list for each text with the
+                characters that were replaced by image tokens, as processors of Transformers 5.15 and newer do.
 
         Returns:
             `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3, height, width), `labels` (B, T).
 
         Raises:
-            ValueError: if neither is given, their numbers differ, or a text has more than one `<image>`.
+            ValueError: if both are None, their numbers differ, or a text has more than one `<image>`.
         """
         if images is None and text is None:
             raise ValueError("give images, text or both")
@@ -95,58 +132,93 @@ class NanoVLMProcessor(ProcessorMixin):
         text_settings, image_settings = settings["text_kwargs"], settings["images_kwargs"]
         return_tensors = text_settings.pop("return_tensors", None)
         return_labels = text_settings.pop("return_labels")
+        return_types, return_offsets = (
+            # Version 5 also accepts them outside the arguments of text and images.
+            text_settings.pop(name, settings.get(name, False))
+            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        )
 
         data: dict[str, Any] = {}
-        pictures = None  # how many each text has
+        image_counts = None  # one for each text
         if images is not None:
             image_settings.pop("return_tensors", None)
             images = self.image_processor.fetch_images(images)
             if isinstance(images, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in images):
-                pictures = [len(one) if isinstance(one, (list, tuple)) else 1 for one in images]
+                image_counts = [len(one) if isinstance(one, (list, tuple)) else 1 for one in images]
                 images = [image for one in images for image in (one if isinstance(one, (list, tuple)) else [one])]
             else:
                 images = make_flat_list_of_images(images)
-                pictures = [1] * len(images)
+                image_counts = [1] * len(images)
             data.update(self.image_processor(images, **image_settings))
-        prompts = self._prompts(text, pictures)
+        texts = [""] * len(image_counts) if text is None else [text] if isinstance(text, str) else list(text)
+        prompts = self._prompts(texts, image_counts)
+        offsets = [self._replacement_offsets(*pair) for pair in zip(texts, prompts, strict=True)]
         if return_labels:
             prompts = [prompt + self.tokenizer.eos_token for prompt in prompts]
             text_settings["padding_side"] = "right"
         else:
             text_settings.setdefault("padding_side", "left")
         encoded = self.tokenizer(prompts, **text_settings)
-        encoded.pop("token_type_ids", None)  # Transformers 4 makes them, generate() refuses them
+        encoded.pop("token_type_ids", None)  # of Transformers 4; generate() does not accept them
         self._check_truncation(prompts, encoded["input_ids"])
+        if return_types:
+            encoded["mm_token_type_ids"] = [
+                [int(token == self.image_token_id) for token in ids] for ids in encoded["input_ids"]
+            ]
         if return_labels:
             hidden = {self.image_token_id, self.tokenizer.pad_token_id}
             encoded["labels"] = [[-100 if token in hidden else token for token in ids] for ids in encoded["input_ids"]]
         data.update(encoded)
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        batch = BatchFeature(data=data, tensor_type=return_tensors)
+        if return_offsets:
+            batch["text_replacement_offsets"] = offsets
+        return batch
 
-    def _prompts(self, text: str | list[str] | None, pictures: list[int] | None) -> list[str]:
-        """The texts, each with its `<image>` placeholders where it has a picture."""
-        if text is None:
-            text = [""] * len(pictures)
-        texts = [text] if isinstance(text, str) else list(text)
+    def _prompts(self, texts: list[str], image_counts: list[int] | None) -> list[str]:
+        """Return the stripped texts, with `<image>` placeholders for those that have an image."""
         if not all(isinstance(one, str) for one in texts):
             raise ValueError("text must be a string or a list of strings")
-        if pictures is not None and len(pictures) != len(texts):
-            raise ValueError(f"{len(pictures)} images and {len(texts)} texts: give one text an image")
+        if image_counts is not None and len(image_counts) != len(texts):
+            raise ValueError(f"{len(image_counts)} images and {len(texts)} texts: pass one text for each image")
         placeholder = self.image_token * self.image_seq_length
         prompts = []
-        for place, one in enumerate(texts):
-            one = one.replace(placeholder, self.image_token)
+        for index, one in enumerate(texts):
+            one = one.replace(placeholder, self.image_token).strip()
+            if one.startswith(self.image_token):
+                one = self.image_token + one.removeprefix(self.image_token).strip()
             found = one.count(self.image_token)
-            wanted = found if pictures is None else pictures[place]
+            wanted = found if image_counts is None else image_counts[index]
             if wanted > 1 or found > wanted:
                 raise ValueError(
-                    f"{max(wanted, found)} {self.image_token} for {wanted} pictures in {one!r}: "
-                    "this model takes one picture a text"
+                    f"{max(wanted, found)} {self.image_token} for {wanted} images in {one!r}: "
+                    "this model takes one image for each text"
                 )
             if found == 0 and wanted == 1:
                 one = self.image_token + one
             prompts.append(one.replace(self.image_token, placeholder))
         return prompts
+
+    def _replacement_offsets(self, text: str, prompt: str) -> list[dict[str, Any]]:
+        """Return where image tokens replaced characters of a text: one entry, or none for a text without an image.
+
+        Whitespace that was stripped next to the image counts as replaced.
+        """
+        start = prompt.find(self.image_token)
+        if start < 0:
+            return []
+        replacement = self.image_token * self.image_seq_length
+        end = start + len(replacement)
+        first = start + len(text) - len(text.lstrip()) if start else 0
+        last = max(first, len(text.rstrip()) - len(prompt) + end)
+        return [
+            {
+                "type": "image",
+                "span": (first, last),
+                "new_span": (start, end),
+                "text": text[first:last],
+                "replacement": replacement,
+            }
+        ]
 
     def _check_truncation(self, prompts: list[str], input_ids: list[list[int]]) -> None:
         for prompt, ids in zip(prompts, input_ids, strict=True):
@@ -157,19 +229,19 @@ class NanoVLMProcessor(ProcessorMixin):
                 )
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As the tokenizer's."""
+        """Call `batch_decode` of the tokenizer."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """As the tokenizer's."""
+        """Call `decode` of the tokenizer."""
         return self.tokenizer.decode(*args, **kwargs)
 
     def post_process_image_text_to_text(self, generated_outputs: torch.Tensor, **kwargs: Any) -> list[str]:
-        """Texts of the generated ids (B, T), special tokens left out; Transformers' pipeline calls it."""
+        """Decode generated ids (B, T) without special tokens; called by the pipeline of Transformers."""
         return self.tokenizer.batch_decode(generated_outputs, **{"skip_special_tokens": True} | kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> Any:
-        """Tokens each picture takes, whatever its size; serving engines ask for it."""
+        """Return the number of tokens of each image, which does not depend on its size; called by serving engines."""
         if image_sizes is None:
             return MultiModalData()
         number = len(image_sizes)
@@ -177,21 +249,30 @@ class NanoVLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes of this processor's output."""
+        """Names of the outputs that are inputs of the model."""
         return ["input_ids", "attention_mask", "pixel_values"]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As every processor's; Transformers 4.57 and 5.x both load what it writes."""
+        """Save the processor in a form that Transformers 4.57 and 5.x both load."""
         saved = super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
         self._make_portable(save_directory)
         return saved
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the processor with the code that loads it by `trust_remote_code=True`."""
+        try:
+            with registered({type(self): "AutoProcessor", type(self.image_processor): "AutoImageProcessor"}):
+                return super().push_to_hub(*args, **kwargs)
+        finally:
+            for one in (self, self.image_processor):
+                vars(one).pop("auto_map", None)  # set by the upload; local folders have none
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         self._make_portable(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _make_portable(self, folder: str | Path) -> None:
-        # Version 5 nests the image processor in processor_config.json, where 4.57's AutoImageProcessor does not look.
+        # Version 5 nests the image processor in processor_config.json, which AutoImageProcessor of 4.57 does not read.
         self.image_processor.save_pretrained(folder)
         make_tokenizer_portable(folder)
 

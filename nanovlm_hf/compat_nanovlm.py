@@ -1,11 +1,13 @@
-"""Every difference between Transformers 4.57 and 5.x that this package meets.
+"""Differences between Transformers 4.57 and 5.x.
 
-The two attention look-ups in `modeling_nanovlm.py` are the exception: Transformers searches that file for them.
-This file travels with checkpoints that carry their code, so it imports nothing else of the package.
+The selection of the attention implementation in `modeling_nanovlm.py` is the exception: Transformers searches that file
+for it. This file is saved with checkpoints that carry their code, so it imports no other module of the package; its
+name does not begin with an underscore, as `Trainer` uploads no such file.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
@@ -22,7 +25,7 @@ if IS_TRANSFORMERS_4:
     from torch.nn import init
     from transformers import AutoModelForVision2Seq
 else:
-    # Version 5's functions leave weights alone that a checkpoint has filled already.
+    # The functions of version 5 do not overwrite weights that were loaded from a checkpoint.
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
     from transformers import initialization as init
 
@@ -36,8 +39,15 @@ def causal_mask(
     cache_position: torch.Tensor,
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
+    eager: bool = False,
 ) -> torch.Tensor | None:
-    """Transformers' causal mask for `inputs_embeds` (batch, length, width), whatever its parameters are called."""
+    """Return the causal mask for `inputs_embeds` (batch, length, width).
+
+    It has the form that the config's attention implementation takes, or with `eager` that of eager attention.
+    """
+    if eager and config._attn_implementation != "eager":
+        config = copy.copy(config)
+        config._attn_implementation = "eager"
     embeds_name = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
     arguments = {
         "config": config,
@@ -52,14 +62,21 @@ def causal_mask(
 
 
 def mismatched_weights(loading_info: dict[str, Any]) -> list[str]:
-    """Names of the weights whose shape in the file is not the model's, out of `from_pretrained`'s loading info."""
+    """Return the names of the weights with another shape than the model's, from the report of `from_pretrained`."""
     return sorted(key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"])
 
 
-def make_tokenizer_portable(folder: str | Path) -> None:
-    """Rewrites a saved `tokenizer_config.json` so that 4.57 and 5.x both load it.
+def forget_renaming(model: PreTrainedModel, key_mapping: dict[str, str]) -> None:
+    """Make `save_pretrained` write a model's own weight names: version 5 restores those that `key_mapping` renamed."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [one for one in conversions if key_mapping.keys().isdisjoint(one.source_patterns)]
 
-    Version 5 names a class that 4.57 does not have and keeps the further special tokens under another key.
+
+def make_tokenizer_portable(folder: str | Path) -> None:
+    """Rewrite a saved `tokenizer_config.json` so that 4.57 and 5.x both load it, without how it was loaded last.
+
+    Version 5 names a class that 4.57 does not have and stores additional special tokens under another key.
     """
     path = Path(folder) / "tokenizer_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -67,6 +84,8 @@ def make_tokenizer_portable(folder: str | Path) -> None:
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(fields.get("extra_special_tokens"), list):
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only"):
+        fields.pop(name, None)
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -74,6 +93,7 @@ __all__ = [
     "IS_TRANSFORMERS_4",
     "AutoModelForVision2Seq",
     "causal_mask",
+    "forget_renaming",
     "init",
     "make_tokenizer_portable",
     "mismatched_weights",

@@ -1,0 +1,62 @@
+"""The image files that are to be completed, and what becomes of each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import printable
+from .images import scan_folder
+
+
+@dataclass
+class Completion:
+    """The completions of one image file.
+
+    Args:
+        path: of the file.
+        texts: prefix and completion, `num_return_sequences` of them; empty if there is an `error`.
+        blind: the completions for a blank image, if requested.
+        error: why there is no text, in one line.
+    """
+
+    path: Path
+    texts: list[str] = field(default_factory=list)
+    blind: list[str] | None = None
+    error: str | None = None
+
+
+def find_images(paths: list[Path]) -> list[Completion]:
+    """Return an entry for each image file, and for each image in a folder; one that cannot be found has its `error`.
+
+    Subfolders are not searched.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(Completion(path))
+            continue
+        try:
+            images, others = scan_folder(path)
+        except OSError as error:
+            problem = f"the folder cannot be read ({error.strerror})"
+            found.append(Completion(path, error=f"{printable(path)}: {problem}"))
+            continue
+        found += [Completion(image) for image in images]
+        if not images:
+            problem = f"there is no image in this folder{f' ({others})' if others else ''}"
+            found.append(Completion(path, error=f"{printable(path)}: {problem}"))
+    return found
+
+
+def skipped_files(paths: list[Path]) -> list[str]:
+    """Return a line for each folder that holds images and other files, which `find_images` skips."""
+    lines = []
+    for path in filter(os.path.isdir, paths):
+        with contextlib.suppress(OSError):  # `find_images` reports it
+            images, others = scan_folder(path)
+            if images and others:
+                lines.append(f"{printable(path)}: {others}")
+    return lines

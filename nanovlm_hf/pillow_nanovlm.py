@@ -1,0 +1,78 @@
+"""Convert Pillow images of any mode to upright RGB, with Pillow and NumPy alone."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+from PIL import Image
+
+
+def central_square(width: int, height: int) -> tuple[int, int, int]:
+    """Return left, top and side of the largest central square of an image."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # keys in which Pillow finds the orientation
+
+
+def orientation_of(image: Image.Image) -> int | None:
+    """Return the EXIF orientation: 1 if there is none, None if the metadata cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises many types of errors for damaged EXIF data
+        return None
+
+
+def turn(image: Image.Image, orientation: int | None) -> Image.Image:
+    """Return an upright image without orientation metadata; the same object if it is upright already."""
+    if orientation not in _TURNS:
+        return image
+    turned = image.transpose(_TURNS[orientation])
+    turned.info = {name: value for name, value in turned.info.items() if name not in _METADATA}
+    return turned
+
+
+def white_of(image: Image.Image) -> float:
+    """Return the value of white in an integer or float greyscale image."""
+    # 16-bit images span 0..65535; other integer and float images are taken as 8-bit if their values fit.
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    if image.mode not in ("I", "F"):
+        return 255.0
+    most = cast(float, image.getextrema()[1])  # these modes have a single band
+    return 65535.0 if most > 255 else 255.0
+
+
+def to_rgb(image: Image.Image, upright: bool = True, white: float | None = None) -> Image.Image:
+    """Return an 8-bit RGB image: EXIF rotation applied, composited on white, 16-bit values scaled.
+
+    Args:
+        upright: apply the EXIF rotation.
+        white: the result of `white_of` for the image that this one is a crop of.
+    """
+    if upright:
+        image = turn(image, orientation_of(image))
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32)) * (255.0 / (white or white_of(image)))
+        return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+__all__ = ["SIDEWAYS", "central_square", "orientation_of", "to_rgb", "turn", "white_of"]
