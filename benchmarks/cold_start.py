@@ -1,6 +1,6 @@
-"""How long does `nanovlm complete` take on one photo, from nothing to text, against importing the libraries alone?
+"""Compare the time of `nanovlm complete` in a new process with that of importing the libraries alone.
 
-`python benchmarks/cold_start.py` runs both, and what stands between them, in turns and prints the medians.
+`python benchmarks/cold_start.py` runs both and the steps between them alternately and prints the medians.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from PIL import Image
 from timing import median_seconds
 
 IMPORT = "import torch, transformers; from transformers import AutoModelForImageTextToText"
-# What every Transformers model has to import; version 5 puts it off until a model is loaded.
+# Every Transformers model needs this import; version 5 delays it until a model is loaded.
 IMPORT_MODEL = f"{IMPORT}, PreTrainedModel"
 
 
@@ -40,11 +40,11 @@ def main() -> None:
         def runner(command: list) -> Callable[[int], object]:
             return lambda number: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
-        # The first round warms the disk's cache.
+        # The first round fills the disk cache.
         medians = median_seconds({name: runner(command) for name, command in commands.items()}, rounds, warm_up=1)
     reference, with_model = list(medians.values())[:2]
     print(f"Transformers {installed_version('transformers')}, median of {rounds}")
-    print(f"{'command':<44} {'seconds':>8} {'to the first':>13} {'to the second':>14}")
+    print(f"{'command':<44} {'seconds':>8} {'vs. first':>13} {'vs. second':>14}")
     for name, median in medians.items():
         print(f"{name:<44} {median:>8.2f} {median / reference:>12.2f}x {median / with_model:>13.2f}x")
 

@@ -1,9 +1,9 @@
-"""How fast are our sizes against the models that the paper compares with, end to end, one photo at a time?
+"""Compare the end-to-end speed of NanoVLM for single images with the models that the paper compares with.
 
-`python benchmarks/completions.py` makes each model in its full size with random weights (speed does not hang on them),
-has it complete the same prefix about the same photos with the same number of new tokens, greedily and with its cache,
-and prints latency, tokens/s, peak memory and the ratio to BLIP-base. Each model runs in a process of its own. Photos
-are preprocessed to each model's own size (224, or 384 for BLIP and 512 for SmolVLM), that time included.
+`python benchmarks/completions.py` creates each model in its full size with random weights, which do not affect speed.
+All complete the same prefix for the same images with the same number of new tokens, greedily and with cache. It prints
+latency, tokens/s, peak memory and the speed relative to BLIP-base. Each model runs in its own process. Times include
+preprocessing to the image size of the model (224, 384 for BLIP and 512 for SmolVLM).
 """
 
 import argparse
@@ -22,15 +22,15 @@ VOCABULARY = 5120
 MODELS = ("mini", "base", "large", "blip-base", "git-base", "smolvlm-256m", "kosmos-2")
 
 
-def ours(preset):
+def nanovlm(preset):
     from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor
 
     model = NanoVLMForConditionalGeneration(NanoVLMConfig.from_preset(preset, vocab_size=VOCABULARY))
-    images, image_token = NanoVLMImageProcessor(), model.config.image_token_id
+    image_processor, image_token = NanoVLMImageProcessor(), model.config.image_token_id
 
-    def inputs(photo, ids):
+    def inputs(image, ids):
         prompt = np.concatenate([[image_token], ids])[None]
-        return {"pixel_values": images(photo, return_tensors="pt")["pixel_values"], "input_ids": prompt}
+        return {"pixel_values": image_processor(image, return_tensors="pt")["pixel_values"], "input_ids": prompt}
 
     return model, inputs, [image_token]
 
@@ -41,12 +41,12 @@ def blip_base():
     model = transformers.BlipForConditionalGeneration(
         transformers.BlipConfig(vision_config={"image_size": 384}, text_config={"encoder_hidden_size": 768})
     )
-    images = transformers.BlipImageProcessor(size={"height": 384, "width": 384})
+    image_processor = transformers.BlipImageProcessor(size={"height": 384, "width": 384})
 
-    def inputs(photo, ids):
-        # `generate` takes the last token of the prompt for [SEP] and drops it.
+    def inputs(image, ids):
+        # `generate` drops the last token of the prompt, which it expects to be [SEP].
         prompt = np.concatenate([ids, [0]])[None]
-        return {"pixel_values": images(photo, return_tensors="pt")["pixel_values"], "input_ids": prompt}
+        return {"pixel_values": image_processor(image, return_tensors="pt")["pixel_values"], "input_ids": prompt}
 
     return model, inputs, []
 
@@ -55,10 +55,10 @@ def git_base():
     import transformers
 
     model = transformers.GitForCausalLM(transformers.GitConfig())
-    images = transformers.CLIPImageProcessor()
+    image_processor = transformers.CLIPImageProcessor()
 
-    def inputs(photo, ids):
-        return {"pixel_values": images(photo, return_tensors="pt")["pixel_values"], "input_ids": ids[None]}
+    def inputs(image, ids):
+        return {"pixel_values": image_processor(image, return_tensors="pt")["pixel_values"], "input_ids": ids[None]}
 
     return model, inputs, []
 
@@ -77,12 +77,12 @@ def smolvlm_256m():
         tie_word_embeddings=False,
     )
     model = transformers.Idefics3ForConditionalGeneration(config)
-    images = transformers.Idefics3ImageProcessor(
+    image_processor = transformers.Idefics3ImageProcessor(
         size={"longest_edge": 512}, max_image_size={"longest_edge": 512}, do_image_splitting=False
     )
 
-    def inputs(photo, ids):
-        made = images(photo, return_tensors="pt")
+    def inputs(image, ids):
+        made = image_processor(image, return_tensors="pt")
         prompt = np.concatenate([np.full(64, config.image_token_id), ids])[None]
         return {"pixel_values": made["pixel_values"], "input_ids": prompt}
 
@@ -94,41 +94,43 @@ def kosmos_2():
     import transformers
 
     model = transformers.Kosmos2ForConditionalGeneration(transformers.Kosmos2Config())
-    images = transformers.CLIPImageProcessor()
+    image_processor = transformers.CLIPImageProcessor()
 
-    def inputs(photo, ids):
+    def inputs(image, ids):
         prompt = np.concatenate([np.arange(4, 68), ids])[None]
         mask = torch.zeros(prompt.shape, dtype=torch.bool)
         mask[:, :64] = True
-        pixel_values = images(photo, return_tensors="pt")["pixel_values"]
+        pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "input_ids": prompt, "image_embeds_position_mask": mask}
 
     return model, inputs, []
 
 
-def measure(name: str, photos: int, threads: int) -> None:
-    """In a process of its own: prints one line of JSON."""
+def measure(name: str, images: int, threads: int) -> None:
+    """Print the measurements of one model as a line of JSON; runs in its own process."""
     import torch
     from PIL import Image
+
+    from nanovlm_hf.devices import default_device
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     makers = {"blip-base": blip_base, "git-base": git_base, "smolvlm-256m": smolvlm_256m, "kosmos-2": kosmos_2}
-    model, make_inputs, suppressed = makers[name]() if name in makers else ours(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, make_inputs, suppressed = makers[name]() if name in makers else nanovlm(name)
+    device = default_device()
     model = model.to(device).eval()
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, 5000, PREFIX_TOKENS)
     settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     settings |= {"suppress_tokens": suppressed} if suppressed else {}
     seconds = []
-    for number in range(photos + 1):
-        photo = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
+    for number in range(images + 1):
+        image = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
         start = time.perf_counter()
-        inputs = {key: torch.as_tensor(value).to(device) for key, value in make_inputs(photo, ids).items()}
+        inputs = {key: torch.as_tensor(value).to(device) for key, value in make_inputs(image, ids).items()}
         with torch.no_grad():
             tokens = model.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), **settings)
-        if number:  # the first one warms up
+        if number:  # the first is a warm-up
             seconds.append(time.perf_counter() - start)
     assert tokens.shape[1] >= NEW_TOKENS
     if device == "cuda":
@@ -142,12 +144,12 @@ def measure(name: str, photos: int, threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--photos", type=int, default=9)
+    parser.add_argument("--images", "--photos", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        return measure(arguments.one, arguments.photos, arguments.threads)
+        return measure(arguments.one, arguments.images, arguments.threads)
     measured = {}
     for name in arguments.models:
         command = [
@@ -155,8 +157,8 @@ def main() -> None:
             __file__,
             "--one",
             name,
-            "--photos",
-            arguments.photos,
+            "--images",
+            arguments.images,
             "--threads",
             arguments.threads,
         ]
@@ -166,8 +168,8 @@ def main() -> None:
             continue
         measured[name] = json.loads(done.stdout.splitlines()[-1])
     reference = measured.get("blip-base")
-    print(f"one photo, {PREFIX_TOKENS} tokens of prefix, {NEW_TOKENS} new ones, float32, {arguments.threads} threads")
-    print(f"{'model':<14} {'parameters':>10} {'ms':>8} {'tokens/s':>9} {'MiB':>7}   of BLIP-base's speed")
+    print(f"one image, {PREFIX_TOKENS} prefix tokens, {NEW_TOKENS} new tokens, float32, {arguments.threads} threads")
+    print(f"{'model':<14} {'parameters':>10} {'ms':>8} {'tokens/s':>9} {'MiB':>7}   speed relative to BLIP-base")
     for name, one in measured.items():
         ratio = f"{reference['seconds'] / one['seconds']:.1f}x" if reference else "-"
         print(

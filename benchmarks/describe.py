@@ -1,8 +1,9 @@
-"""What does the describer cost beside the chat model, against the bare `openai` client?
+"""Overhead of the describer compared with the bare `openai` client.
 
-`python benchmarks/describe.py` asks a local server that answers at once for one text a photo, in turns with a bare loop
-of `AsyncOpenAI.chat.completions.create` over the same messages that keeps nothing. The describer's time is all of it:
-reading the captions, asking, writing every reply, the gates, writing the descriptions.
+`python benchmarks/describe.py` requests one text per image from a local server that responds immediately, in turns with
+a bare loop of `AsyncOpenAI.chat.completions.create` that sends the same messages and discards the replies. The
+describer's time includes everything: reading the captions, sending the requests, storing every reply, the quality gates
+and writing the descriptions.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from timing import median_seconds
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import openai
-from servers import serve
-from test_describe import write_captions
 
 from nanovlm_hf.chat.client import Endpoint, ask_all
 from nanovlm_hf.chat.replies import ReplyStore
 from nanovlm_hf.data.describe import Describer, DescribeSettings, messages_of, packaged_prompt
 from nanovlm_hf.data.sources import read_captions
+
+from helpers.captions import write_captions
+from helpers.servers import serve
 
 
 def describe(captions: Path, out: Path, endpoint: Endpoint) -> None:
@@ -65,10 +67,10 @@ def main() -> None:
                 "describer": lambda number: describe(captions, Path(folder) / f"out{number}", endpoint),
             }
             plain, whole = median_seconds(calls, arguments.rounds, warm_up=1).values()
-    print(f"{arguments.photos} photos, one text each, {arguments.concurrency} requests at a time, instant replies")
-    print(f"bare openai client, replies thrown away  {1000 * plain / arguments.photos:.2f} ms a photo")
-    print(f"describer, everything                    {1000 * whole / arguments.photos:.2f} ms a photo")
-    print(f"ratio                                    {whole / plain:.2f}")
+    print(f"{arguments.photos} images, one text each, {arguments.concurrency} concurrent requests, instant replies")
+    print(f"bare openai client, replies discarded  {1000 * plain / arguments.photos:.2f} ms per image")
+    print(f"describer, everything                  {1000 * whole / arguments.photos:.2f} ms per image")
+    print(f"ratio                                  {whole / plain:.2f}")
 
 
 if __name__ == "__main__":

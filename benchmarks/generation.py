@@ -1,6 +1,6 @@
-"""How much does the cache save in `generate()`, and how many tokens a second are there?
+"""Measure the throughput of `generate()` with and without cache.
 
-`python benchmarks/generation.py` generates 32 tokens for one photo with and without cache, in turns.
+`python benchmarks/generation.py` generates 32 tokens for one image, alternating between both.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     )
     print(f"with cache    {tokens / with_cache:>8.1f} tokens/s")
     print(f"without cache {tokens / without:>8.1f} tokens/s")
-    print(f"the cache makes it {without / with_cache:.2f} times as fast")
+    print(f"speed-up by the cache: {without / with_cache:.2f}x")
 
 
 if __name__ == "__main__":

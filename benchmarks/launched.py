@@ -1,7 +1,7 @@
-"""How fast is the training script itself: one process, the same from a stream, and two processes through DDP?
+"""Measure the training script itself: in one process, from a stream, and in two processes with DDP.
 
-`python benchmarks/launched.py --preset mini` makes photos, builds a dataset of them, launches `training/train.py` on it
-through `accelerate launch` in each of the three ways, and prints the medians of the images/s that the runs log.
+`python benchmarks/launched.py --preset mini` makes images, builds a dataset from them, launches `training/train.py` in
+each of the three ways, and prints the medians of the images/s that the runs log.
 """
 
 import argparse
@@ -16,12 +16,13 @@ from pathlib import Path
 from dataset import make_sources, write_texts
 
 from nanovlm_hf.data.build import build_dataset
+from nanovlm_hf.devices import cpu_count
 
 TRAINING = Path(__file__).parent.parent / "training"
-PHOTOS = 1000
-FIRST_LINES = 2  # of metrics, in which the run warms up
+IMAGES = 1000
+WARM_UP_LINES = 2  # lines of metrics that are ignored
 WAYS = {
-    "one process, photos decoded once": ("cpu.yaml", 1, ()),
+    "one process, images decoded once": ("cpu.yaml", 1, ()),
     "one process, from a stream": ("cpu.yaml", 1, ("--streaming", "true")),
     "two processes, DDP through gloo": ("ddp.yaml", 2, ()),
 }
@@ -30,8 +31,8 @@ WAYS = {
 def images_per_second(
     data: Path, out: Path, config: str, processes: int, options: tuple[str, ...], preset: str
 ) -> float:
-    """Of a run of 40 steps of 32 photos, however many processes share them and the cores."""
-    cores = len(os.sched_getaffinity(0))
+    """Return the speed of a run of 40 steps of 32 images, which the processes share, as they share the cores."""
+    cores = cpu_count()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", TRAINING / "accelerate" / config]
     command += [
         "--num_processes",
@@ -49,7 +50,7 @@ def images_per_second(
     subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    return statistics.median(speeds[FIRST_LINES:])
+    return statistics.median(speeds[WARM_UP_LINES:])
 
 
 def main() -> None:
@@ -58,17 +59,17 @@ def main() -> None:
     preset = parser.parse_args().preset
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_sources(folder, PHOTOS)
-        write_texts(folder, PHOTOS)
+        make_sources(folder, IMAGES)
+        write_texts(folder, IMAGES)
         data = folder / "data"
-        build_dataset(folder / f"captions{PHOTOS}.json", folder / f"texts{PHOTOS}.jsonl", folder / "images", data)
+        build_dataset(folder / f"captions{IMAGES}.json", folder / f"texts{IMAGES}.jsonl", folder / "images", data)
         speed = {
             way: images_per_second(data, folder / f"run{place}", *how, preset)
             for place, (way, how) in enumerate(WAYS.items())
         }
     first = next(iter(speed.values()))
-    print(f"{preset}, 32 photos a step, {len(os.sched_getaffinity(0))} cores")
-    print(f"{'':<36} images/s   of the first")
+    print(f"{preset}, 32 images a step, {cpu_count()} cores")
+    print(f"{'':<36} images/s   relative")
     for way, value in speed.items():
         print(f"{way:<36} {value:>8.1f}   {value / first:.2f}")
 

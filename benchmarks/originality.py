@@ -1,7 +1,7 @@
-"""How fast is the nearest training text, exactly, against comparing each pair with the `rouge_score` package?
+"""Time of the exact search for the nearest training text, against the `rouge_score` package on every pair.
 
-`python benchmarks/originality.py` compares 300 completions with 25,000 descriptions: LongDesc's of `hub_cards/`, and
-more put together of their sentences. The package is timed on one completion, and scaled.
+`python benchmarks/originality.py` compares 300 completions with 25,000 descriptions: LongDesc in `hub_cards/`, and
+others composed of their sentences. The package is timed on one completion, and the time is scaled.
 """
 
 import time
@@ -20,7 +20,7 @@ DATASET = Path(__file__).parent.parent / "hub_cards" / "datasets" / "LongDesc"
 def main() -> None:
     known = [row["description"] for row in load_dataset(str(DATASET), split="train")]
     rng = np.random.default_rng(0)
-    # Sentences of different descriptions put together: as many texts as the paper had, with the words of real ones.
+    # Texts of sentences from different descriptions: as many as the paper had, with a realistic vocabulary.
     sentences = [sentence.strip() + "." for text in known for sentence in text.split(".") if sentence.strip()]
     texts = known + [" ".join(rng.choice(sentences, 5)) for _ in range(TEXTS - len(known))]
     completions = [" ".join(rng.choice(sentences, 4)) for _ in range(COMPLETIONS)]
@@ -34,9 +34,9 @@ def main() -> None:
     done = time.perf_counter()
 
     scorer = rouge_scorer.RougeScorer(["rouge1"])
-    begun = time.perf_counter()
+    package_start = time.perf_counter()
     scores = [scorer.score(text, completions[0])["rouge1"].fmeasure for text in texts]
-    package = (time.perf_counter() - begun) * COMPLETIONS
+    package = (time.perf_counter() - package_start) * COMPLETIONS
     assert abs(max(scores) - nearest[0].score) < 1e-9
 
     print(f"{COMPLETIONS} completions against {len(texts):,} descriptions of {index.sizes.mean():.0f} words")

@@ -1,4 +1,4 @@
-"""NanoVLM as one would write it by hand in PyTorch: the reference of `training_step.py`, not used elsewhere."""
+"""A plain PyTorch implementation of NanoVLM: the reference of `training_step.py`, not used elsewhere."""
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class LoopedBlock(Block):
-    """Attention as tutorials write it: one head after the other, each with its matrix of weights and dropout on it."""
+    """Attention as in tutorials: a loop over heads, each with explicit attention weights and dropout."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         length, size = q.shape[-2:]
@@ -43,7 +43,7 @@ class LoopedBlock(Block):
 
 
 class PlainNanoVLM(nn.Module):
-    """The model of section 2.2 with the `cls` token, and the mean cross-entropy of its labels."""
+    """The model of section 2.2 with one image token; `forward` returns the mean cross-entropy."""
 
     def __init__(self, config: NanoVLMConfig, block: type[Block] = Block):
         super().__init__()
@@ -77,8 +77,8 @@ class PlainNanoVLM(nn.Module):
         x = self.fc(x).flatten(1, 2)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.vision_positions
         x = self.vision_norm(self.vision_blocks(self.pre_norm(self.dropout(x))))
-        visual_token = self.projector(x[:, :1])
-        embeds = torch.cat([visual_token, self.tokens(input_ids[:, 1:])], dim=1)
+        image_token = self.projector(x[:, :1])
+        embeds = torch.cat([image_token, self.tokens(input_ids[:, 1:])], dim=1)
         embeds = self.dropout(embeds + self.text_positions.weight[: embeds.shape[1]])
         hidden = self.text_norm(self.text_blocks(embeds))
         logits = F.linear(hidden[:, :-1], self.tokens.weight)

@@ -11,79 +11,27 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nanovlm-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several threads each would wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # not `setdefault`: the controller, which also runs this file, has set it to 2
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from servers import serve
-from toy_data import write_sources
 
-from nanovlm_hf import NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, NanoVLMProcessor, cli
+from nanovlm_hf import cli
 from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.tokenizer import train_tokenizer, train_tokenizer_on
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "yellow": (220, 210, 40)}
-SENTENCES = [
-    "A little boy and his mother walk through the green grass to see the water.",
-    "Two brown birds sit together under an old tree, waiting for their breakfast.",
-    *(
-        f"There is a big {colour} {thing}. It looks so {feeling}!"
-        for colour in COLOURS
-        for thing in ("ball", "kite", "bus", "dog", "castle", "flower", "mountain")
-        for feeling in ("happy", "shiny", "soft", "funny", "warm")
-    ),
-]
-STRATEGIES = ("cls", "patch", "full")
+from helpers.models import SENTENCES, STRATEGIES, random_image, tiny_model, tiny_processor
+from helpers.servers import serve
+from helpers.toy_data import write_sources
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer(SENTENCES, vocab_size=320)
-
-
-def tiny_config(strategy: str = "cls", **kwargs) -> NanoVLMConfig:
-    """Two blocks a tower on 32 x 32 pixels (4 patches), no dropout, and weights large enough to have opinions."""
-    image_tokens = {"cls": 1, "patch": 4, "full": 5}[strategy]
-    return NanoVLMConfig(
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "hidden_dropout": 0.0,
-        },
-        text_config={
-            "vocab_size": 320,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 47 + image_tokens,
-            "hidden_dropout": 0.0,
-            "initializer_range": 0.3,
-        },
-        vision_feature_select_strategy=strategy,
-        **kwargs,
-    )
-
-
-def tiny_model(strategy: str = "cls", **kwargs) -> NanoVLMForConditionalGeneration:
-    torch.manual_seed(0)
-    return NanoVLMForConditionalGeneration(tiny_config(strategy, **kwargs)).eval()
-
-
-def tiny_processor(tokenizer, strategy: str = "cls") -> NanoVLMProcessor:
-    image_processor = NanoVLMImageProcessor(size={"height": 32, "width": 32})
-    return NanoVLMProcessor(image_processor, tokenizer, image_seq_length=tiny_config(strategy).image_seq_length)
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
-    channels = {"RGB": 3, "RGBA": 4, "L": 1, "CMYK": 4}[mode]
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-    return Image.fromarray(pixels.squeeze(), mode=mode) if mode == "CMYK" else Image.fromarray(pixels.squeeze())
 
 
 @pytest.fixture(params=STRATEGIES)
@@ -105,7 +53,7 @@ def processor(tokenizer, strategy):
 def inputs(processor):
     """A left-padded batch of three pictures with prefixes of different lengths."""
     texts = ["There is a big", "A", "There is a big red ball. It"]
-    return processor(images=[picture(seed) for seed in range(3)], text=texts, return_tensors="pt")
+    return processor(images=[random_image(seed) for seed in range(3)], text=texts, return_tensors="pt")
 
 
 @pytest.fixture(scope="session")
@@ -129,12 +77,6 @@ def run(capsys, monkeypatch):
         return stop.value.code, printed.out.splitlines(), printed.err.splitlines()
 
     return call
-
-
-def only_line(errors: list[str]) -> str:
-    assert len(errors) == 1, errors
-    assert errors[0].startswith("nanovlm: ")
-    return errors[0]
 
 
 @pytest.fixture
@@ -176,7 +118,7 @@ def fresh_accelerate():
 @pytest.fixture
 def train(capsys, monkeypatch, fresh_accelerate):
     """Runs train.py in this process: exit code and the errors."""
-    import train as script
+    from nanovlm_hf.training import __main__ as script
 
     def call(*arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
@@ -187,6 +129,12 @@ def train(capsys, monkeypatch, fresh_accelerate):
         return code, capsys.readouterr().err
 
     return call
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with serve("hub_server.py", tmp_path / "hub") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,21 @@
-"""Model cards and the table of runs: what they say is what the files beside them say."""
+"""Model cards and the table of experiments state what the records and metrics say."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
-import card
-import compare
 import pytest
-import record
 import yaml
-from run_folder import RECORD, RunFolder
-from runs import ROOT
+from huggingface_hub import ModelCard
 
 from nanovlm_hf import SHIPPED, InputError
+from nanovlm_hf.hub import model_card
+from nanovlm_hf.training import compare, compute, lineage, record
+from nanovlm_hf.training.run_directory import RECORD, RunDirectory
+
+from helpers.runs import ROOT
 
 RUNS = [*sorted(path.parent for path in (ROOT / "training" / "experiments").rglob(RECORD)), *SHIPPED.values()]
 ROWS = [
@@ -25,6 +27,15 @@ ROWS = [
 ]
 
 
+NAN_METRICS = json.dumps(ROWS[2] | {"eval_loss": float("nan")})
+
+
+def damage(folder, name, value):
+    """Change a field of a checkpoint's record."""
+    content = yaml.safe_load((folder / RECORD).read_text())
+    (folder / RECORD).write_text(yaml.safe_dump(content | {name: value}))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "mini-short"
@@ -33,7 +44,7 @@ def checkpoint(tmp_path):
 
 
 def a_run(folder, init_from=None):
-    """The files of a run, written by hand."""
+    """Write the files of a run."""
     shipped = yaml.safe_load((SHIPPED["mini-short"] / RECORD).read_text())
     arguments = shipped["arguments"] | {
         "dataset": str(folder / "data"),
@@ -46,12 +57,12 @@ def a_run(folder, init_from=None):
     folder.mkdir(parents=True)
     (folder / RECORD).write_text(yaml.safe_dump({"arguments": arguments} | {name: shipped[name] for name in keep}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return RunFolder(folder, keep=True)
+    return RunDirectory(folder, exist_ok=True)
 
 
-def test_a_record_tells_the_runs_before_and_no_folder_of_the_machine(tmp_path):
+def test_a_record_has_the_runs_before_and_no_local_path(tmp_path):
     a_run(tmp_path / "first")
-    public = record.public_record(a_run(tmp_path / "second", tmp_path / "first" / "best"))
+    public = lineage.public_record(a_run(tmp_path / "second", tmp_path / "first" / "best"))
     assert str(tmp_path) not in yaml.safe_dump(public)
     assert public["arguments"]["init_from"] == "runs/first/best"
     assert public["arguments"]["output_dir"] == "runs/second"
@@ -60,46 +71,141 @@ def test_a_record_tells_the_runs_before_and_no_folder_of_the_machine(tmp_path):
     (before,) = public["before"]
     assert before["arguments"]["output_dir"] == "runs/first"
     assert before["photos_seen"] == 30 * 32
-    assert record.best_metrics(RunFolder(tmp_path / "second", keep=True)) == ROWS[2] | {"train_loss": 2.0, "epoch": 1.0}
+    assert record.best_metrics(RunDirectory(tmp_path / "second", exist_ok=True)) == ROWS[2] | {
+        "train_loss": 2.0,
+        "epoch": 1.0,
+    }
 
 
-def test_a_run_from_a_checkpoint_tells_the_checkpoints_own_run(tmp_path):
-    """By short name, or from a folder with its record beside the weights; without one, nothing is made up."""
+def test_a_run_from_a_checkpoint_has_the_run_of_the_checkpoint_before_it(tmp_path):
+    """By short name, or from a directory with its record; without a record the lineage is empty."""
     shipped = yaml.safe_load((SHIPPED["mini-long"] / RECORD).read_text())
     for number, init_from in enumerate(("mini-long", SHIPPED["mini-long"])):
-        (before,) = record.public_record(a_run(tmp_path / str(number), init_from))["before"]
+        (before,) = lineage.public_record(a_run(tmp_path / str(number), init_from))["before"]
         assert before == {name: value for name, value in shipped.items() if name not in ("name", "about")}
-    assert record.public_record(a_run(tmp_path / "other", "org/model"))["before"] == []
+    assert lineage.public_record(a_run(tmp_path / "other", "org/model"))["before"] == []
 
 
-def test_hours_and_grams_add_up():
-    one = {"hours": 2.0, "photos_seen": 100, "device": "2 cores of AMD EPYC", "before": []}
-    two = one | {"hours": 3.0, "before": [one]}
-    taken = card._compute(two)
-    assert (taken["hours"], taken["photos"]) == (5.0, 200)
-    assert taken["grams"] == pytest.approx(5 * 20 / 1000 * 480)
-    assert card._compute(one | {"device": "1 core of AMD EPYC"})["grams"] == pytest.approx(2 * 10 / 1000 * 480)
-    assert card._compute(one | {"device": "NVIDIA H100 80GB HBM3"})["grams"] == pytest.approx(2 * 0.7 * 480)
-    assert card._compute(two | {"device": "something new"})["grams"] is None
+ONE = {"hours": 2.0, "photos_seen": 100, "device": "2 cores of AMD EPYC", "processes": 1, "before": []}
+ONE |= {"arguments": {"output_dir": "runs/one"}}
 
 
-def test_the_command_is_the_config_and_what_differs():
+def test_each_run_counts_with_its_own_device():
+    two = ONE | {"hours": 3.0, "device": "1 cores of AMD EPYC", "before": [ONE]}
+    three = ONE | {"device": "NVIDIA H100 80GB HBM3", "processes": 4, "before": [two]}
+    taken = compute.stages(three)
+    gpus = "4 x NVIDIA H100 80GB HBM3"
+    assert [stage.hardware for stage in taken] == ["2 cores of AMD EPYC", "1 core of AMD EPYC", gpus]
+    grams = [2 * 20 / 1000 * 480, 3 * 10 / 1000 * 480, 2 * 4 * 0.7 * 480]
+    assert [stage.grams for stage in taken] == pytest.approx(grams)
+    assert compute.total_grams(taken) == pytest.approx(sum(grams))
+    assert compute.unit_hours(taken) == {"core-hours of AMD EPYC": 7.0, "GPU-hours of NVIDIA H100 80GB HBM3": 8.0}
+    statement = compute.compute_statement(taken)
+    assert (
+        "In total: 7.00 core-hours of AMD EPYC and 8.00 GPU-hours of NVIDIA H100 80GB HBM3 and 300 images" in statement
+    )
+    assert "10 W per core, 700 W per NVIDIA H100 80GB HBM3 and the world average of 480 g" in statement
+    # Processes of one machine share its cores.
+    assert compute.stages(ONE | {"processes": 2})[0].grams == pytest.approx(grams[0])
+
+
+def test_an_unknown_device_has_no_estimate():
+    taken = compute.stages(ONE | {"device": "something new", "before": [ONE]})
+    assert compute.total_grams(taken) is None
+    assert compute.emissions(taken) is None
+    statement = compute.compute_statement(taken)
+    assert "| `runs/one` | 100 | 2.00 | something new | unknown |" in statement
+    assert "CO2 is estimated" not in statement
+
+
+@pytest.mark.parametrize("folder", SHIPPED.values(), ids=SHIPPED.keys())
+def test_the_cards_of_the_released_checkpoints_state_the_compute_of_each_run(folder):
+    """The card and its metadata are compared with the records alone."""
+    runs: dict[str, dict] = {}
+
+    def walk(record):
+        for before in record["before"]:
+            walk(before)
+        known = runs.setdefault(record["arguments"]["output_dir"], record)
+        assert known["hours"] == record["hours"]
+
+    walk(yaml.safe_load((folder / RECORD).read_text()))
+    text = (folder / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `runs/")]
+    assert [row[0].strip("`") for row in rows] == list(runs)
+    core_hours, grams, hours = 0.0, 0.0, {}
+    for (_, images, clock, hardware, co2), one in zip(rows, runs.values(), strict=True):
+        cores, processor = re.fullmatch(r"(\d+) cores? of (.*)", one["device"]).groups()
+        assert hardware == f"{cores} {'core' if cores == '1' else 'cores'} of {processor}"
+        assert images == f"{one['photos_seen']:,}"
+        assert float(clock) == one["hours"]
+        assert float(co2) == pytest.approx(one["hours"] * int(cores) * 10 * 0.48, abs=0.051)
+        core_hours += int(cores) * one["hours"]
+        grams += one["hours"] * int(cores) * 10 * 0.48
+        hours[hardware] = hours.get(hardware, 0) + one["hours"]
+    images = sum(one["photos_seen"] for one in runs.values())
+    assert f"In total: {core_hours:.2f} core-hours of AMD EPYC and {images:,} images" in text
+    assert f"CO2 is estimated, not measured: about {grams:.0f} g" in text
+    metadata = ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data.co2_eq_emissions
+    assert metadata["emissions"] == pytest.approx(grams, abs=0.051)
+    for hardware, value in hours.items():
+        assert f"{hardware} ({value:.2f} hours)" in metadata["hardware_used"]
+    assert len(hours) > 1, "there are runs on one core and on two"
+
+
+@pytest.mark.parametrize(
+    ("init_from", "recorded"),
+    [
+        ("mini-short", "mini-short"),
+        ("checkpoints/base-short", "base-short"),
+        (SHIPPED["mini-long"], "mini-long"),
+        ("org/model", "org/model"),
+        ("models/mine", "models/mine"),
+        ("/home/somebody/models/mine", "mine"),
+        ("../models/mine", "mine"),
+        ("/home/somebody/try/best", "runs/try/best"),
+        ("runs/try/last", "runs/try/last"),
+    ],
+)
+def test_a_record_names_a_checkpoint_without_local_paths(tmp_path, monkeypatch, init_from, recorded):
+    monkeypatch.chdir(ROOT)
+    public = lineage.public_record(a_run(tmp_path / "run", init_from))
+    assert public["arguments"]["init_from"] == recorded
+    assert f"--init_from {recorded}" in lineage.command(public)[-1]
+
+
+def test_the_card_states_the_precision_that_was_used(checkpoint):
+    path = checkpoint / RECORD
+    content = yaml.safe_load(path.read_text())
+    content["arguments"]["mixed_precision"] = "auto"
+    for used, stated in (("bf16", "bf16 autocast"), ("no", "float32")):
+        path.write_text(yaml.safe_dump(content | {"mixed_precision": used}))
+        text = model_card.card(checkpoint)
+        assert f"cosine schedule, {stated}." in text
+        assert "--mixed_precision" not in text
+
+
+def test_the_command_is_the_config_and_the_arguments_that_differ():
     kept = yaml.safe_load((ROOT / "training" / "experiments" / "mini_short" / RECORD).read_text())
-    kept["arguments"].pop("muon_learning_rate", None)  # as in the record of a run that is older than the field
+    kept["arguments"].pop("muon_learning_rate", None)  # as in the record of a run that is older than the argument
 
     def launch(**fields):
-        commit, line = card.command(kept | {"arguments": kept["arguments"] | fields})
-        assert commit == f"# made with the code of {kept['git_commit']}"
+        commit, line = lineage.command(kept | {"arguments": kept["arguments"] | fields})
+        assert commit == f"# at commit {kept['git_commit']}"
         return line
 
-    usual = "accelerate launch training/train.py --config training/configs/mini_short.yaml"
-    assert launch(num_train_epochs=7.0, texts=["short", "captions"]).startswith(usual)
+    usual = "accelerate launch -m nanovlm_hf.training --config mini_short"
+    two = {"texts": ["short", "captions"], "text_weights": [1.0, 1.0]}
+    assert launch(num_train_epochs=7.0, **two).startswith(usual)
     assert "--num_train_epochs 7.0" in launch(num_train_epochs=7.0)
-    assert "--texts short captions" in launch(texts=["short", "captions"])
-    assert "--muon_learning_rate 0.0" in launch()
+    assert "--texts short captions" in launch(**two)
+    assert "--optimizer adamw" in launch()
+    assert "muon_learning_rate" not in launch()
+    assert "--optimizer" not in launch(muon_learning_rate=3e-3), "which the configuration sets"
+    assert "--muon_learning_rate 0.001" in launch(muon_learning_rate=1e-3)
     assert "muon_learning_rate" not in launch(muon_learning_rate=3e-3)
     own = launch(output_dir="runs/mine")
-    assert own.startswith("accelerate launch training/train.py --dataset data --output_dir runs/mine")
+    assert own.startswith("accelerate launch -m nanovlm_hf.training --dataset data --output_dir runs/mine")
     assert "--variant" not in own
     long = launch(output_dir="runs/mine", variant="long", texts=["long"])
     assert "--variant long" in long
@@ -107,7 +213,7 @@ def test_the_command_is_the_config_and_what_differs():
 
 
 def a_report(folder, name="mini-short"):
-    """A report of `nanovlm evaluate` on three items, in which the second names most that nobody saw."""
+    """Write a report of `nanovlm evaluate` on three items; the second names most unseen objects."""
     evaluation = json.loads((SHIPPED["mini-short"] / "evaluation.json").read_text())
     measured = evaluation["in_domain"]
     unseen = [["hat"], ["hat", "ball", "car"], []]
@@ -137,42 +243,64 @@ def a_report(folder, name="mini-short"):
     return folder
 
 
-def test_an_evaluation_becomes_part_of_the_card(checkpoint, tmp_path):
-    command = [sys.executable, ROOT / "training" / "card.py", checkpoint, "--report", a_report(tmp_path / "report")]
+@pytest.mark.slow
+def test_the_card_contains_an_evaluation(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "nanovlm_hf.hub.model_card", checkpoint, "--report", a_report(tmp_path / "report")]
     subprocess.run(command, check=True)
     text = (checkpoint / "README.md").read_text()
-    assert "completions of 3 test photos" in text.replace("\n", " ")
+    assert "Completions of 3 test images" in text
     assert r"| 0 | A dog | says \| 0. | sees 0. |" in text
-    first_failure = text.split("| photo | begins | it says | not there | the description |\n")[1].splitlines()[1]
-    assert first_failure == r"| 1 | A dog | says \| 1. | hat, ball, car | sees 1. |"
+    failures = text.split("| image | prefix | completion | unseen objects | rest of the description |\n")[1]
+    assert failures.splitlines()[1] == r"| 1 | A dog | says \| 1. | hat, ball, car | sees 1. |"
 
 
 def test_a_card_without_an_evaluation(checkpoint):
     (checkpoint / "evaluation.json").unlink()
-    text = card.card(checkpoint)
+    text = model_card.card(checkpoint)
     assert "nanovlm evaluate" not in text
-    assert "## What it says" not in text
+    assert "Example completions" not in text
     assert "\n\n\n" not in text
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (lambda folder: (folder / RECORD).write_text("[]"), "training_args.yaml: "),
+        (lambda folder: (folder / RECORD).write_text("name: x"), "training_args.yaml: arguments: Field required"),
+        (lambda folder: (folder / RECORD).write_text("a: ["), "cannot be read as YAML"),
+        (lambda folder: damage(folder, "hours", float("nan")), "training_args.yaml: hours: "),
+        (lambda folder: damage(folder, "device", 3), "training_args.yaml: device: "),
+        (lambda folder: damage(folder, "before", [{}]), "training_args.yaml: before.0.arguments: Field required"),
+        (
+            lambda folder: (folder / "metrics.json").write_text('{"eval_loss": 1}'),
+            "metrics.json has no number eval_loss_wrong_photo",
+        ),
+        (lambda folder: (folder / "metrics.json").write_text(NAN_METRICS), "metrics.json has a number that is NaN"),
         (lambda folder: (folder / RECORD).unlink(), "there is no training_args.yaml or metrics.json"),
-        (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no eval_loss"),
-        (lambda folder: (folder / "metrics.json").write_text("{"), "line 1 is not JSON"),
+        (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no number eval_loss"),
+        (lambda folder: (folder / "metrics.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "evaluation.json").write_text("{}"), "evaluation.json has no grounding.retrieval"),
     ],
 )
-def test_no_card_of_half_a_checkpoint(checkpoint, change, problem):
+def test_an_incomplete_checkpoint_has_no_card(checkpoint, change, problem):
     change(checkpoint)
     with pytest.raises(InputError, match=problem):
-        card.card(checkpoint)
+        model_card.card(checkpoint)
 
 
-def test_a_report_of_another_model(checkpoint, tmp_path):
-    with pytest.raises(InputError, match="says nothing of a model mini-short"):
-        card.add_evaluation(checkpoint, a_report(tmp_path / "report", name="other"))
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "{}", '{"settings": {}, "models": {"mini-short": {}}, "grounding": {"mini-short": {}}}']
+)
+def test_a_damaged_report_is_rejected(checkpoint, tmp_path, content):
+    report = a_report(tmp_path / "report")
+    (report / "results.json").write_text(content)
+    with pytest.raises(InputError, match=r"results\.json: "):
+        model_card.add_evaluation(checkpoint, report)
+
+
+def test_a_report_of_another_model_is_rejected(checkpoint, tmp_path):
+    with pytest.raises(InputError, match="has no model mini-short"):
+        model_card.add_evaluation(checkpoint, a_report(tmp_path / "report", name="other"))
 
 
 def test_runs_are_kept_and_compared(tmp_path):
@@ -180,13 +308,34 @@ def test_runs_are_kept_and_compared(tmp_path):
     assert {path.name for path in folder.iterdir()} == {RECORD, "metrics.jsonl"}
     assert compare.row(folder) == compare.row(tmp_path / "try")
     assert compare.table([folder]).splitlines()[2] == ("| `try` | 960 | 0.0 | 2.500 | 2.750 | 0.250 ± 0.010 | 2.000 |")
-    with pytest.raises(InputError, match="this is no run"):
+    with pytest.raises(InputError, match="not a run"):
         compare.keep(tmp_path, tmp_path / "kept")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (RECORD, "a: [", "cannot be read as YAML"),
+        (RECORD, "just words", "training_args.yaml: "),
+        (RECORD, "arguments: {}", "training_args.yaml: arguments.dataset: Field required"),
+        ("metrics.jsonl", "", "there is no evaluation in it"),
+        ("metrics.jsonl", '{"step": 1, "eval_loss": NaN}\n', "metrics.jsonl: step 1: eval_loss: "),
+        ("metrics.jsonl", '{"step": 1, "eval_loss": 2.0}\n', "eval_loss_wrong_photo: Field required"),
+    ],
+)
+def test_damaged_runs_are_not_compared(tmp_path, name, content, problem):
+    run = a_run(tmp_path / "try").path
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=problem) as caught:
+        compare.keep(run, tmp_path / "kept")
+    assert str(caught.value).startswith(str(run))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
 def test_the_table_of_experiments_is_what_was_measured(folder):
-    said = (ROOT / "training" / "EXPERIMENTS.md").read_text()
-    assert f"| {' | '.join(compare.row(folder))} |" in said
-    assert compare.commands([folder]) in said
+    text = (ROOT / "training" / "EXPERIMENTS.md").read_text()
+    assert f"| {' | '.join(compare.row(folder))} |" in text
+    assert compare.commands([folder]) in text
     assert "/root" not in (folder / RECORD).read_text()

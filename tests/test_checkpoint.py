@@ -1,4 +1,4 @@
-"""The checkpoints that ship, and what their cards say."""
+"""The released checkpoints and their cards."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from card import card
 from huggingface_hub import ModelCard
 from matplotlib import get_data_path
 from PIL import Image
@@ -15,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from nanovlm_hf import SHIPPED, NanoVLMConfig
-from nanovlm_hf.publish import METRICS, eval_results
+from nanovlm_hf.hub.model_card import card
+from nanovlm_hf.hub.model_metadata import METRICS, eval_results
 
 ROOT = Path(__file__).parent.parent
 PORTRAIT = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -39,7 +39,7 @@ def test_mini_is_in_the_package():
         assert SHIPPED[name].parent == ROOT / "nanovlm_hf" / "checkpoints"
 
 
-def test_it_is_the_papers_model(shipped):
+def test_sizes_are_those_of_the_paper(shipped):
     folder, model, _ = shipped
     preset = NanoVLMConfig.from_preset(folder.name.split("-")[0])
     assert model.config.parameter_counts() == preset.parameter_counts()
@@ -47,7 +47,7 @@ def test_it_is_the_papers_model(shipped):
 
 
 @FOLDERS
-def test_it_is_small_safe_and_without_code(folder):
+def test_files_are_small_and_without_code(folder):
     names = {path.name for path in folder.iterdir()}
     assert max(path.stat().st_size for path in folder.iterdir()) < 16_000_000
     assert not [name for name in names if name.endswith((".py", ".bin", ".pt", ".pkl"))]
@@ -55,14 +55,14 @@ def test_it_is_small_safe_and_without_code(folder):
     assert {"training_args.yaml", "metrics.json", "metrics.jsonl", "evaluation.json", "loss.png"} <= names
 
 
-def test_half_precision_on_disk_is_float32_in_memory_on_every_version(shipped):
+def test_half_precision_files_load_as_float32(shipped):
     folder, model, _ = shipped
     assert model.dtype == torch.float32
     weights = [weight for path in folder.glob("*.safetensors") for weight in load_file(path).values()]
     assert {weight.dtype for weight in weights} == {torch.float16}
 
 
-def test_it_says_the_same_on_every_version(shipped):
+def test_logits_are_the_same_on_every_version(shipped):
     """The logits were recorded with Transformers 4.57.6."""
     folder, model, processor = shipped
     inputs = processor(images=Image.open(PORTRAIT), text="There is a big", return_tensors="pt")
@@ -72,7 +72,8 @@ def test_it_says_the_same_on_every_version(shipped):
     torch.testing.assert_close(logits[: len(recorded)], torch.tensor(recorded), atol=1e-3, rtol=0)
 
 
-def test_it_completes_a_real_photo_and_looks_at_it(shipped):
+@pytest.mark.slow
+def test_completions_of_a_photo_and_a_blank_image_differ(shipped):
     folder, model, processor = shipped
     blank = Image.new("RGB", (224, 224), (124, 116, 104))
     inputs = processor(images=[Image.open(PORTRAIT), blank], text=["", ""], return_tensors="pt")
@@ -85,24 +86,25 @@ def test_it_completes_a_real_photo_and_looks_at_it(shipped):
     assert re.search(r"\b(man|woman|boy|girl|person|people|lady|child|he|she)\b", texts[0], re.IGNORECASE), texts[0]
 
 
-def test_it_keeps_its_kind_of_text_where_the_beginning_is_of_the_other(shipped):
-    """It learned both before the one that it writes: 'There is a' begins texts of LongDesc, a dog ShortDesc's."""
+@pytest.mark.slow
+def test_a_prefix_of_the_other_variant_does_not_change_the_length(shipped):
+    """Models are pre-trained on both variants: 'There is a' is typical of LongDesc, a dog of ShortDesc."""
     folder, model, processor = shipped
     short = folder.name.endswith("short")
     generator = torch.Generator().manual_seed(0)
     colours = torch.randint(256, (16, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()).resize((224, 224)) for one in colours]
+    images = [Image.fromarray(one.permute(1, 2, 0).numpy()).resize((224, 224)) for one in colours]
     prefix = "There is a" if short else "A brown dog runs"
-    inputs = processor(images=pictures, text=[prefix] * len(pictures), return_tensors="pt")
+    inputs = processor(images=images, text=[prefix] * len(images), return_tensors="pt")
     words = [len(text.split()) for text in processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)]
-    of_the_other = sum((count > 40) == short for count in words)
-    assert of_the_other <= len(words) // 4, words
+    wrong_length = sum((count > 40) == short for count in words)
+    assert wrong_length <= len(words) // 4, words
 
 
 @FOLDERS
-def test_the_card_is_what_the_files_say(folder):
+def test_the_card_agrees_with_the_files(folder):
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert card(folder) == text, "write it anew: python training/card.py CHECKPOINT"
+    assert card(folder) == text, "write it again: python -m nanovlm_hf.hub.model_card CHECKPOINT"
     metrics, evaluation = read(folder / "metrics.json"), read(folder / "evaluation.json")
     for name in ("eval_loss", "eval_loss_wrong_photo", "grounding_gap", "grounding_gap_stderr"):
         assert f"{metrics[name]:.3f}" in text
@@ -114,35 +116,35 @@ def test_the_card_is_what_the_files_say(folder):
 
 
 @FOLDERS
-def test_the_cards_metadata_are_the_hubs(folder):
+def test_the_card_metadata_are_valid_on_the_hub(folder):
     data = ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "image-text-to-text", "apache-2.0")
     assert data.datasets == ["ShortDesc" if folder.name.endswith("short") else "LongDesc"]
     assert {result.unique_identifier for result in data.eval_results} == {
         result.unique_identifier for result in eval_results(folder)
     }
-    said = {result.metric_type: result.metric_value for result in data.eval_results}
+    reported = {result.metric_type: result.metric_value for result in data.eval_results}
     metrics = read(folder / "metrics.json")
-    assert {name: said[name] for name in METRICS} == {name: round(metrics[name], 4) for name in METRICS}
-    assert len(said) == 6
+    assert {name: reported[name] for name in METRICS} == {name: round(metrics[name], 4) for name in METRICS}
+    assert len(reported) == 6
     assert data.co2_eq_emissions["emissions"] > 0
 
 
 @FOLDERS
-def test_it_looks_and_the_evaluation_is_of_these_weights(folder):
-    from nanovlm_hf.evaluation.completions import weights_hash
+def test_the_evaluation_belongs_to_the_weights_and_has_a_grounding_gap(folder):
+    from nanovlm_hf.evaluation.fingerprints import weights_hash
     from nanovlm_hf.evaluation.generators import load_generator
 
     metrics, evaluation = read(folder / "metrics.json"), read(folder / "evaluation.json")
     assert metrics["grounding_gap"] > 10 * metrics["grounding_gap_stderr"] > 0
     assert evaluation["grounding"]["grounding_gap_low"] > 0
-    assert evaluation["in_domain"]["weights"] == weights_hash(load_generator(folder.name))
+    assert evaluation["in_domain"]["weights"] == weights_hash(load_generator(folder.name).model)
     assert evaluation["variant"] == folder.name.split("-")[1]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert min(row["eval_loss"] for row in rows if "eval_loss" in row) == metrics["eval_loss"]
 
 
-def test_the_readmes_numbers_are_the_metrics():
+def test_the_readme_states_the_metrics():
     readme = (ROOT / "README.md").read_text()
     for name, folder in SHIPPED.items():
         metrics = read(folder / "metrics.json")
@@ -152,7 +154,7 @@ def test_the_readmes_numbers_are_the_metrics():
 
 
 @FOLDERS
-def test_no_path_of_the_machine_that_trained_it(folder):
+def test_files_hold_no_local_paths(folder):
     for path in [*folder.glob("*.json"), *folder.glob("*.yaml"), folder / "README.md"]:
         if path.name != "tokenizer.json":
             assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", path.read_text()), path.name

@@ -7,46 +7,49 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import only_line, picture, tiny_model, tiny_processor
 from safetensors.torch import load_file, save_file
-from test_photos import png_header
-from toy_data import write_sources
 
 from nanovlm_hf import NanoVLMConfig
 from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.completion import BATCH_SIZE
 
+from helpers.image_files import png_header
+from helpers.models import random_image, tiny_model, tiny_processor
+from helpers.output import only_line
+from helpers.toy_data import write_sources
+
 
 @pytest.fixture
 def photo(tmp_path) -> Path:
     path = tmp_path / "photo.png"
-    picture().save(path)
+    random_image().save(path)
     return path
 
 
-def test_one_photo_gives_one_line(run, saved, photo):
+def test_one_image_gives_one_line(run, saved, photo):
     code, lines, errors = run("complete", photo, "--model", saved, "--prefix", "There is a big", "--max-new-tokens", 5)
     assert (code, errors) == (0, [])
     assert len(lines) == 1
     assert lines[0].startswith("There is a big")
 
 
-def test_the_line_is_what_generate_says(run, saved, photo, tokenizer):
+def test_line_equals_output_of_generate(run, saved, photo, tokenizer):
     processor = tiny_processor(tokenizer)
-    inputs = processor(images=picture(), text="A dog", return_tensors="pt")
+    inputs = processor(images=random_image(), text="A dog", return_tensors="pt")
     tokens = tiny_model().generate(**inputs, max_new_tokens=6, do_sample=False)
     want = " ".join(processor.batch_decode(tokens, skip_special_tokens=True)[0].split())
     assert run("complete", photo, "--model", saved, "--prefix", "A dog ", "--max-new-tokens", 6)[1] == [want]
 
 
-def test_folders_and_several_batches(run, saved, tmp_path):
+def test_folder_of_several_batches(run, saved, tmp_path):
     folder = tmp_path / "album"
     folder.mkdir()
     for number in range(BATCH_SIZE + 3):
-        picture(number).save(folder / f"{number:02}.jpg")
+        random_image(number).save(folder / f"{number:02}.jpg")
     (folder / "notes.txt").write_text("not a photo")
     code, lines, errors = run("complete", folder, "--model", saved, "--max-new-tokens", 3)
-    assert (code, errors) == (0, [])
+    assert code == 0
+    assert only_line(errors) == f"nanovlm: {folder}: 1 file skipped: not an image"
     assert [line.split(": ")[0] for line in lines] == [str(path) for path in sorted(folder.glob("*.jpg"))]
 
 
@@ -60,14 +63,14 @@ def test_json_lines(run, saved, photo):
     assert len(row["completions"]) == len(row["blind"]) == 2
 
 
-def test_blind_prints_what_a_blank_picture_gives(run, saved, photo):
+def test_blind_also_completes_for_a_blank_image(run, saved, photo):
     _, lines, _ = run("complete", photo, "--model", saved, "--blind", "--max-new-tokens", 8)
     assert len(lines) == 2
-    assert lines[1].startswith("(blank picture) ")
-    assert lines[1].removeprefix("(blank picture) ") != lines[0]
+    assert lines[1].startswith("(blank image) ")
+    assert lines[1].removeprefix("(blank image) ") != lines[0]
 
 
-def test_a_seed_repeats_a_sample(run, saved, photo):
+def test_seed_makes_sampling_reproducible(run, saved, photo):
     options = ("--temperature", 1.5, "--num-return-sequences", 3, "--max-new-tokens", 8)
     one, same, other = (run("complete", photo, "--model", saved, *options, "--seed", seed)[1] for seed in (1, 1, 2))
     assert one == same
@@ -75,20 +78,20 @@ def test_a_seed_repeats_a_sample(run, saved, photo):
     assert len(one) == 3
 
 
-def test_a_bad_photo_does_not_stop_the_others(run, saved, photo, tmp_path):
+def test_invalid_image_does_not_stop_the_others(run, saved, photo, tmp_path):
     bad = {
-        "missing.jpg": (None, "there is no such file"),
+        "missing.jpg": (None, "no such file"),
         "empty.jpg": (b"", "is empty"),
-        "text.jpg": (b"just words", "no picture that Pillow can read"),
+        "text.jpg": (b"just words", "not an image that Pillow can read"),
         "cut.jpg": (None, "is damaged"),
         "huge.png": (png_header(20_000, 20_000), "too many pixels"),
     }
-    picture(size=(300, 300)).save(tmp_path / "whole.jpg", quality=95)
+    random_image(size=(300, 300)).save(tmp_path / "whole.jpg", quality=95)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:3000])
     for name, (content, _) in bad.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    picture(size=(1, 1)).save(tmp_path / "dot.png")
+    random_image(size=(1, 1)).save(tmp_path / "dot.png")
     paths = [photo, *(tmp_path / name for name in bad), tmp_path / "dot.png"]
     code, lines, errors = run("complete", *paths, "--model", saved, "--max-new-tokens", 3)
     assert code == 1
@@ -99,27 +102,27 @@ def test_a_bad_photo_does_not_stop_the_others(run, saved, photo, tmp_path):
         assert message in error
 
 
-def test_errors_are_rows_of_json_too(run, saved, photo, tmp_path):
+def test_errors_are_reported_in_json_lines(run, saved, photo, tmp_path):
     code, lines, _ = run("complete", tmp_path / "none.jpg", photo, "--model", saved, "--json", "--max-new-tokens", 2)
     rows = [json.loads(line) for line in lines]
     assert code == 1
-    assert "there is no such file" in rows[0]["error"]
+    assert "no such file" in rows[0]["error"]
     assert rows[1]["completions"]
 
 
-def test_a_folder_without_photos(run, saved, tmp_path):
+def test_folder_without_images(run, saved, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, errors = run("complete", tmp_path / "empty", "--model", saved)
     assert code == 1
-    assert "there is no photo in this folder" in only_line(errors)
+    assert "there is no image in this folder" in only_line(errors)
 
 
-def test_an_unreadable_folder(run, saved, tmp_path, monkeypatch):
+def test_unreadable_folder(run, saved, tmp_path, monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "locked").mkdir()
-    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read every folder, so the refusal is made here
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root can read every folder
     code, _, errors = run("complete", tmp_path / "locked", "--model", saved)
     assert code == 1
     assert "the folder cannot be read (Permission denied)" in only_line(errors)
@@ -128,30 +131,30 @@ def test_an_unreadable_folder(run, saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--prefix", "a <image> b"), 2, "<image> stands for the photo"),
+        (("--prefix", "a <image> b"), 2, "<image> stands for the image"),
         (("--prefix", "word " * 60), 1, "leave no room in the model's 48"),
         (("--max-new-tokens", 60), 1, "ask for 47 at most"),
         (("--max-new-tokens", 0), 2, "max-new-tokens"),
         (("--num-return-sequences", 3), 2, "greedy search has one answer"),
         (("--temperature", "warm"), 2, "temperature"),
         (("--colour", "red"), 2, "--colour"),
-        (("--model", "no-such-model"), 1, "this is no folder, no Hub id"),
+        (("--model", "no-such-model"), 1, "not a local folder, a Hub id"),
     ],
 )
-def test_wrong_options(run, saved, photo, options, code, message):
+def test_invalid_options(run, saved, photo, options, code, message):
     got, lines, errors = run("complete", photo, "--model", saved, *options)
     assert (got, lines) == (code, [])
     assert message in only_line(errors)
 
 
-def test_an_empty_prefix_lets_the_model_begin(run, saved, photo):
+def test_empty_prefix(run, saved, photo):
     code, lines, _ = run("complete", photo, "--model", saved, "--prefix", "  ", "--max-new-tokens", 8)
     assert code == 0
     assert lines[0]
 
 
 @pytest.fixture
-def broken(tmp_path, saved):
+def corrupted(tmp_path, saved):
     folder = tmp_path / "broken"
     shutil.copytree(saved, folder)
     return folder
@@ -187,13 +190,13 @@ def grow_the_vocabulary(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "message"),
+    ("corrupt", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"not json"), "cannot be loaded"),
         (lambda f: (f / "config.json").unlink(), "there is no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
-        (lambda f: (f / "tokenizer.json").unlink(), "cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").unlink(), "there is no tokenizer.json"),
         (other_project, "huggingface/nanoVLM"),
         (lambda f: edit_config(f, model_type="llava"), "a model of type 'llava'"),
         (reshape, "config.json asks for"),
@@ -202,29 +205,44 @@ def grow_the_vocabulary(folder: Path) -> None:
     ],
     ids=[
         "no weights",
-        "weights that are none",
+        "invalid weights",
         "no config",
-        "config that is none",
+        "invalid config",
         "no tokenizer",
         "huggingface/nanoVLM",
         "another model",
-        "weights of another shape",
-        "a weight missing",
+        "mismatched weights",
+        "missing weight",
         "tokenizer too large",
     ],
 )
-def test_broken_model_folders(run, photo, broken, break_it, message):
-    break_it(broken)
-    code, lines, errors = run("complete", photo, "--model", broken)
+def test_broken_model_folders(run, photo, corrupted, corrupt, message):
+    corrupt(corrupted)
+    code, lines, errors = run("complete", photo, "--model", corrupted)
     assert (code, lines) == (1, [])
     assert message in only_line(errors)
-    assert str(broken) in errors[0]
+    assert str(corrupted) in errors[0]
 
 
-def test_pickled_weights_are_not_opened(run, photo, broken):
-    torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
-    (broken / "model.safetensors").unlink()
-    code, _, errors = run("complete", photo, "--model", broken)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("size", {"height": 100_000, "width": 100_000}), ("image_mean", "abc"), ("image_std", [0, 0, 0])],
+)
+def test_invalid_image_processor_settings(run, photo, corrupted, field, value):
+    for name in ("preprocessor_config.json", "processor_config.json"):  # Transformers 5 reads the second one
+        if (corrupted / name).exists():
+            content = json.loads((corrupted / name).read_text())
+            content.get("image_processor", content)[field] = value
+            (corrupted / name).write_text(json.dumps(content))
+    code, lines, errors = run("complete", photo, "--model", corrupted)
+    assert (code, lines) == (1, [])
+    assert field in only_line(errors)
+
+
+def test_pickled_weights_are_not_loaded(run, photo, corrupted):
+    torch.save(load_file(corrupted / "model.safetensors"), corrupted / "pytorch_model.bin")
+    (corrupted / "model.safetensors").unlink()
+    code, _, errors = run("complete", photo, "--model", corrupted)
     assert code == 1
     assert "cannot be loaded" in only_line(errors)
 
@@ -250,7 +268,7 @@ def test_data_commands(run, tmp_path):
     assert run("data", "tokenizer", "--dataset", out, "--out", tmp_path / "tokenizer", "--vocab-size", 290)[0] == 0
     assert (tmp_path / "tokenizer" / "tokenizer.json").exists()
     fields = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
-    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"  # which Transformers 4.57 and 5 both have
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"  # exists in Transformers 4.57 and 5
     code, _, errors = run("data", "tokenizer", "--dataset", tmp_path / "nothing", "--out", tmp_path / "t")
     assert code == 1
     assert "cannot be loaded as a dataset" in only_line(errors)
@@ -259,7 +277,7 @@ def test_data_commands(run, tmp_path):
     assert "there is a dataset already" in only_line(errors[-1:])
 
 
-def test_a_folder_that_cannot_be_written(run, tmp_path):
+def test_output_folder_that_is_not_writable(run, tmp_path):
     sources = write_sources(tmp_path / "sources", photos=5)
     (tmp_path / "file").write_text("not a folder")
     arguments = ["--captions", sources / "captions.json", "--descriptions", sources / "descriptions.jsonl"]
@@ -268,7 +286,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path):
     assert str(tmp_path / "file") in only_line(errors)
 
 
-def test_the_installed_command_needs_no_pytorch_for_help():
+def test_help_does_not_import_torch():
     command = Path(sys.executable).with_name("nanovlm")
     probe = (
         f"import runpy, sys\nsys.argv = [{str(command)!r}, '--help']\n"
@@ -281,7 +299,8 @@ def test_the_installed_command_needs_no_pytorch_for_help():
     assert "complete" in done.stdout
 
 
-def test_the_checkpoint_that_ships_answers_from_a_clean_process(tmp_path, photo):
+@pytest.mark.slow
+def test_packaged_checkpoint_in_a_fresh_process(tmp_path, photo):
     command = Path(sys.executable).with_name("nanovlm")
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
@@ -293,20 +312,18 @@ def test_the_checkpoint_that_ships_answers_from_a_clean_process(tmp_path, photo)
     assert SHIPPED["mini-short"].is_dir()
 
 
-def test_a_short_name_that_is_not_at_hand(run, photo, monkeypatch):
-    from nanovlm_hf import completion
-
-    monkeypatch.delitem(completion.SHIPPED, "mini-long")
+def test_released_checkpoint_that_is_not_installed(run, photo, monkeypatch):
+    monkeypatch.delitem(SHIPPED, "mini-long")
     code, _, errors = run("complete", photo, "--model", "mini-long")
     assert code == 1
     assert "mini-long: it is not in the package, but in checkpoints/ of its repository" in only_line(errors)
     code, _, errors = run("complete", photo, "--model", "mini")
     assert code == 1
-    assert "none of mini-short" in only_line(errors)
+    assert "or a released checkpoint (mini-short" in only_line(errors)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_model_that_ships_answers_by_its_short_name(run, photo, name):
+def test_every_released_checkpoint_by_its_short_name(run, photo, name):
     code, lines, errors = run("complete", photo, "--model", name, "--prefix", "There is a", "--max-new-tokens", 8)
     assert code == 0, errors
     assert lines[0].startswith("There is a ")

@@ -1,19 +1,20 @@
 import pytest
 import torch
-from conftest import picture
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+from helpers.models import random_image
 
 NEW = 10
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
-def test_batch_gives_the_tokens_of_one_by_one(model, processor, inputs):
+def test_a_batch_gives_the_same_tokens_as_single_inputs(model, processor, inputs):
     together = model.generate(**inputs, **GREEDY)
     texts = ["There is a big", "A", "There is a big red ball. It"]
     for row, text in enumerate(texts):
-        alone = model.generate(**processor(images=picture(row), text=text, return_tensors="pt"), **GREEDY)
+        alone = model.generate(**processor(images=random_image(row), text=text, return_tensors="pt"), **GREEDY)
         assert alone[0, -NEW:].tolist() == together[row, -NEW:].tolist()
-    assert len({tuple(row) for row in together[:, -NEW:].tolist()}) > 1, "the fixture's model says one thing only"
+    assert len({tuple(row) for row in together[:, -NEW:].tolist()}) > 1, "all completions of the fixture are equal"
 
 
 @pytest.mark.parametrize("cache", [{"use_cache": False}, {"cache_implementation": "static"}])
@@ -35,14 +36,16 @@ def test_step_by_step_with_cache_equals_one_forward(model, inputs):
         whole = model(input_ids=tokens, pixel_values=inputs["pixel_values"], attention_mask=mask).logits
         start = inputs["input_ids"].shape[1]
         cache = model(**inputs, use_cache=True).past_key_values
-        for place in range(start, tokens.shape[1]):
+        for position in range(start, tokens.shape[1]):
             step = model(
-                input_ids=tokens[:, place : place + 1], attention_mask=mask[:, : place + 1], past_key_values=cache
+                input_ids=tokens[:, position : position + 1],
+                attention_mask=mask[:, : position + 1],
+                past_key_values=cache,
             )
-            torch.testing.assert_close(step.logits[:, 0], whole[:, place], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(step.logits[:, 0], whole[:, position], atol=1e-4, rtol=1e-4)
 
 
-def test_going_on_from_a_cache(model, inputs):
+def test_generation_continues_from_a_cache(model, inputs):
     want = model.generate(**inputs, **GREEDY)
     half = {"max_new_tokens": NEW // 2, "min_new_tokens": NEW // 2, "do_sample": False}
     first = model.generate(**inputs, **half, return_dict_in_generate=True)
@@ -53,7 +56,7 @@ def test_going_on_from_a_cache(model, inputs):
     assert torch.equal(second, want)
 
 
-def test_sampling_is_repeatable_and_varies(model, inputs):
+def test_sampling_depends_on_the_seed_alone(model, inputs):
     settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.5, "num_return_sequences": 4}
     torch.manual_seed(3)
     one = model.generate(**inputs, **settings)
@@ -70,9 +73,9 @@ def test_beams(model, processor, inputs):
     assert outputs.sequences.shape[0] == 6
     best = outputs.sequences_scores.view(3, 2)
     assert (best[:, 0] >= best[:, 1]).all()
-    alone = model.generate(**processor(images=picture(1), text="A", return_tensors="pt"), **settings)
+    alone = model.generate(**processor(images=random_image(1), text="A", return_tensors="pt"), **settings)
     assert alone[0, -NEW:].tolist() == outputs.sequences[2, -NEW:].tolist()
-    # A beam's score is the likelihood that the model itself gives its tokens.
+    # The score of a beam is the likelihood of its tokens under the model.
     scores = model.compute_transition_scores(
         outputs.sequences, outputs.scores, outputs.beam_indices, normalize_logits=False
     )
@@ -80,7 +83,7 @@ def test_beams(model, processor, inputs):
 
 
 def test_streamer(model, processor, tokenizer):
-    inputs = processor(images=picture(), text="There is a big", return_tensors="pt")
+    inputs = processor(images=random_image(), text="There is a big", return_tensors="pt")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     tokens = model.generate(**inputs, **GREEDY, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(tokens[0, -NEW:])
@@ -91,15 +94,26 @@ def test_inputs_embeds(model, inputs):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     assert torch.equal(model.generate(inputs_embeds=embeds, **rest, **GREEDY), want)
-    # With the picture put in by hand no pixels are needed.
+    # With image features in the embeddings, no pixels are needed.
     features = model.get_image_features(inputs["pixel_values"]).pooler_output
     mask = model.model.get_placeholder_mask(inputs["input_ids"], embeds, features)
     mixed = embeds.masked_scatter(mask, features)
     assert torch.equal(model.generate(inputs_embeds=mixed, attention_mask=inputs["attention_mask"], **GREEDY), want)
 
 
-def test_outputs_asked_for(model, inputs):
-    model.set_attn_implementation("eager")
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}])
+def test_output_attentions_does_not_change_tokens(model, inputs, settings):
+    outputs = model.generate(
+        **inputs, **GREEDY, **settings, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True
+    )
+    assert torch.equal(outputs.sequences, model.generate(**inputs, **GREEDY, **settings))
+    for step in outputs.attentions:
+        assert all(torch.allclose(weights.sum(-1), torch.ones(())) for weights in step)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attentions_and_hidden_states_of_every_step(model, inputs, implementation):
+    model.set_attn_implementation(implementation)
     outputs = model.generate(
         **inputs, **GREEDY, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True
     )
@@ -111,12 +125,12 @@ def test_outputs_asked_for(model, inputs):
 
 
 def test_prompt_lookup_gives_the_greedy_tokens(model, processor):
-    inputs = processor(images=picture(), text="There is a big red ball. There is a big", return_tensors="pt")
+    inputs = processor(images=random_image(), text="There is a big red ball. There is a big", return_tensors="pt")
     want = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3), want)
 
 
-def test_the_picture_is_encoded_once(model, inputs, monkeypatch):
+def test_the_image_is_encoded_once(model, inputs, monkeypatch):
     calls = []
     encode = model.model.vision_tower.forward
     monkeypatch.setattr(model.model.vision_tower, "forward", lambda *a, **k: calls.append(1) or encode(*a, **k))
@@ -124,6 +138,7 @@ def test_the_picture_is_encoded_once(model, inputs, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}])
 def test_a_sequence_past_the_position_table_stops_with_an_error(model, inputs, settings):
     entries = model.config.text_config.max_position_embeddings
@@ -137,12 +152,12 @@ def test_a_sequence_past_the_position_table_stops_with_an_error(model, inputs, s
         model.generate(**inputs, **too_long, **settings)
 
 
-def test_generation_begins_without_a_prefix(model, processor):
-    inputs = processor(images=picture(), return_tensors="pt")
+def test_generation_without_a_prefix(model, processor):
+    inputs = processor(images=random_image(), return_tensors="pt")
     assert inputs["input_ids"].shape == (1, model.config.image_seq_length)
     assert model.generate(**inputs, **GREEDY).shape == (1, model.config.image_seq_length + NEW)
 
 
-def test_text_alone_generates(model, tokenizer):
+def test_generation_without_an_image(model, tokenizer):
     inputs = tokenizer(["There is a big", "A"], padding=True, return_tensors="pt")
     assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + NEW

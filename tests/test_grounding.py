@@ -1,17 +1,19 @@
-"""Likelihood and what it tells: wrong photos, retrieval, foils; and the things that texts name."""
+"""Likelihood and its measures: mismatched images, retrieval, foils; and the objects that texts mention."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, tiny_model, tiny_processor
 from PIL import Image
 
 from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
 from nanovlm_hf.checkpoints import SHIPPED
-from nanovlm_hf.evaluation.foils import foils_of
+from nanovlm_hf.evaluation import grounding
+from nanovlm_hf.evaluation.distractors import distractors_of
 from nanovlm_hf.evaluation.grounding import gap, hits, measure_grounding, retrieval
 from nanovlm_hf.evaluation.likelihood import Likelihood
-from nanovlm_hf.evaluation.mentions import classes_of, mentions, objects_in
+from nanovlm_hf.evaluation.object_hallucination import classes_of, object_precision_recall, objects_in
+
+from helpers.models import random_image, tiny_model, tiny_processor
 
 TEXTS = ["There is a big red ball. It looks so happy!", "Two brown birds sit together.", "There is a big blue kite."]
 
@@ -19,7 +21,7 @@ TEXTS = ["There is a big red ball. It looks so happy!", "Two brown birds sit tog
 def test_likelihood_is_the_models_own_loss(tokenizer, strategy):
     model, processor = tiny_model(strategy), tiny_processor(tokenizer, strategy)
     likelihood = Likelihood(model, processor)
-    images = [picture(seed) for seed in range(3)]
+    images = [random_image(seed) for seed in range(3)]
     losses = likelihood.losses(likelihood.encode(images), likelihood.tokenize(TEXTS))
     for image, text, loss in zip(images, TEXTS, losses, strict=True):
         inputs = processor(images=image, text=text, return_labels=True, return_tensors="pt")
@@ -30,7 +32,7 @@ def test_likelihood_is_the_models_own_loss(tokenizer, strategy):
 
 def test_batches_and_order_change_nothing(tokenizer):
     likelihood = Likelihood(tiny_model(), tiny_processor(tokenizer))
-    features = likelihood.encode(picture(seed) for seed in range(70))
+    features = likelihood.encode(random_image(seed) for seed in range(70))
     assert features.shape[:2] == (70, 1)
     ids = likelihood.tokenize([TEXTS[place % 3] for place in range(70)])
     together = likelihood.losses(features, ids)
@@ -43,7 +45,7 @@ def test_texts_are_cut_where_the_positions_end(tokenizer):
     likelihood = Likelihood(tiny_model(), tiny_processor(tokenizer))
     (ids,) = likelihood.tokenize(["There is a big red ball. " * 20])
     assert len(ids) == likelihood.longest == 47
-    assert np.isfinite(likelihood.losses(likelihood.encode([picture()]), [ids])).all()
+    assert np.isfinite(likelihood.losses(likelihood.encode([random_image()]), [ids])).all()
 
 
 def test_the_gap_and_its_error():
@@ -68,7 +70,7 @@ def test_hits_among_the_best():
     scores = np.array([[3.0, 1.0, 0.0], [2.0, 1.0, 0.0], [5.0, 4.0, 3.0]])
     assert hits(scores, 1).tolist() == [1, 0, 0]
     assert hits(scores, 2).tolist() == [1, 1, 0]
-    assert hits(np.zeros((4, 4)), 1).tolist() == [0.25] * 4, "who cannot tell is right as often as chance"
+    assert hits(np.zeros((4, 4)), 1).tolist() == [0.25] * 4, "ties are right as often as chance"
 
 
 @pytest.fixture(scope="module")
@@ -80,29 +82,31 @@ def shipped() -> Likelihood:
 
 @pytest.fixture
 def scenes() -> tuple[list, list[str]]:
-    """Pictures whose colours alone say which text is theirs: grass, sea, snow and a sunset."""
-    looks = {
+    """Images whose colour determines the text: grass, sea, snow and a sunset."""
+    scenes = {
         (70, 140, 50): "A brown dog runs on the green grass. It has fun in the park.",
         (40, 110, 170): "A man is on a blue wave in the sea. The water is big and cold.",
         (235, 240, 245): "A man slides down a hill of white snow. It is very cold.",
         (150, 60, 20): "A girl sits by an orange fire at night. It is warm here.",
     }
     images, texts = [], []
-    for place in range(32):
-        colour = list(looks)[place % 4]
+    for place in range(16):
+        colour = list(scenes)[place % 4]
         noise = np.random.default_rng(place).integers(-15, 16, (224, 224, 3))
         images.append(Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)))
-        texts.append(looks[colour])
+        texts.append(scenes[colour])
     return images, texts
 
 
-def test_the_shipped_model_looks_and_a_zeroed_projector_does_not(shipped, scenes):
+@pytest.mark.slow
+def test_a_released_model_uses_the_image_and_one_without_features_does_not(shipped, scenes, monkeypatch):
+    monkeypatch.setattr(grounding, "GROUPS", {8: 2})
     images, texts = scenes
     features = shipped.encode(images)
     seeing = measure_grounding(shipped, features, texts, [[] for _ in texts])
-    assert seeing["photos"] == 32
+    assert seeing["photos"] == 16
     assert seeing["grounding_gap_low"] > 0.01
-    assert seeing["retrieval"].keys() == {32}
+    assert seeing["retrieval"].keys() == {8}
     blind = measure_grounding(shipped, torch.zeros_like(features), texts, [[] for _ in texts])
     assert abs(blind["grounding_gap"]) < 1e-6
     assert blind["grounding_gap_low"] <= 0 <= blind["grounding_gap_high"] + 1e-9
@@ -118,7 +122,7 @@ def test_a_zeroed_projector_ranks_by_chance(shipped):
     found = retrieval(shipped, features, shipped.tokenize(texts), 16)
     assert found["r_at_1"]["mean"] == pytest.approx(1 / 16) == found["chance"]
     assert found["r_at_5"]["mean"] == pytest.approx(5 / 16)
-    assert found["plain_r_at_1"]["mean"] == pytest.approx(1 / 16), "one text is the likeliest, whatever the picture"
+    assert found["plain_r_at_1"]["mean"] == pytest.approx(1 / 16), "one text is the most likely for every image"
 
 
 def test_foils_swap_one_word_that_is_not_true():
@@ -130,8 +134,8 @@ def test_foils_swap_one_word_that_is_not_true():
         "A ball is on the grass.",
     ]
     captions = [["a red ball and a blue mat"], ["two dogs"], ["an elephant"], [], []]
-    foils = foils_of(texts, captions)
-    assert foils == foils_of(texts, captions), "the same every time"
+    foils = distractors_of(texts, captions)
+    assert foils == distractors_of(texts, captions), "the same every time"
     assert set(foils["colour"]) == {0}
     colour = foils["colour"][0]
     assert not set(colour.lower().replace(".", "").split()) & {"red", "blue"}
@@ -144,7 +148,7 @@ def test_foils_swap_one_word_that_is_not_true():
         changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
         assert 1 <= len(changed) <= 2
         assert all(word in ("A", "An", "a", "an") for pair in changed[:-1] for word in pair)
-    assert foils_of(["There is a big ball."] * 2, [[], ["an elephant"]])["object"] == {}, "nothing else is common"
+    assert distractors_of(["There is a big ball."] * 2, [[], ["an elephant"]])["object"] == {}, "nothing else is common"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,9 @@ def test_things_that_a_text_names(text, things):
 
 def test_things_that_people_saw():
     captions = [["a puppy on the grass", "a dog in a field", "a small dog"], [], ["a man", "a man", "a cat"]]
-    measured = mentions(["dog sits by a car.", "cat.", "boy walks."], ["There is a", "A", "A man and a"], captions)
+    measured = object_precision_recall(
+        ["dog sits by a car.", "cat.", "boy walks."], ["There is a", "A", "A man and a"], captions
+    )
     first, second, third = measured["rows"]
     assert first == {"named": ["car", "dog"], "unseen": ["car"], "missed": ["field", "grass"]}
     assert second == {"named": [], "unseen": [], "missed": []}

@@ -1,4 +1,4 @@
-"""The rating form in a real browser, and what raters' files say together."""
+"""The rating form in a real browser, and statistics of raters' files."""
 
 import json
 import math
@@ -7,14 +7,15 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import only_line
-from test_evaluation import CHROMIUM, browse
-from toy_data import square
 
 from nanovlm_hf import InputError
 from nanovlm_hf.evaluation.completions import Row, write_json
 from nanovlm_hf.evaluation.human import krippendorff_alpha, score_ratings, write_sheet
 from nanovlm_hf.evaluation.judge import CRITERIA
+
+from helpers.browser import CHROMIUM, browse
+from helpers.output import only_line
+from helpers.toy_data import square
 
 ROWS = [
     Row(
@@ -39,7 +40,7 @@ def test_the_form_is_blind_and_shuffled(sheet):
     page, key = sheet
     text = page.read_text()
     assert "secret" not in text
-    assert "\\u003cb\\u003e" in text, "what a model says is text, not page"
+    assert "\\u003cb\\u003e" in text, "completions are text, not markup"
     content = json.loads(key.read_text())
     order = [(item["item_id"], item["model"]) for item in content["items"]]
     assert sorted(order) == sorted((row.item_id, row.model) for row in ROWS)
@@ -60,7 +61,7 @@ def ratings_of(key, tmp_path, name, rate):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_the_form_in_a_browser(sheet, tmp_path):
-    """Keys rate, the file that is saved is one that `human-score` reads."""
+    """Keys rate, and `human-score` reads the saved file."""
     page, key = sheet
     script = """
     const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
@@ -88,7 +89,7 @@ def test_the_form_in_a_browser(sheet, tmp_path):
     assert shot.stat().st_size > 20_000
 
 
-def test_alpha_is_that_of_a_published_example():
+def test_alpha_equals_that_of_a_published_example():
     """Krippendorff, "Computing Krippendorff's alpha-reliability" (2011), section D: four observers, twelve units."""
     nan = math.nan
     data = np.array(
@@ -104,7 +105,7 @@ def test_alpha_is_that_of_a_published_example():
     assert krippendorff_alpha(np.full((2, 5), 3.0)) is None
 
 
-def test_several_raters_and_the_judge(sheet, run, tmp_path):
+def test_several_raters_and_a_judge(sheet, run, tmp_path):
     _, key = sheet
     whose = [item["model"] for item in json.loads(key.read_text())["items"]]
 
@@ -151,15 +152,26 @@ def test_several_raters_and_the_judge(sheet, run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda content: content | {"sheet": "other"}, "are of another sheet"),
-        (lambda content: content | {"ratings": {"0": {"plot": 11}}}, "item 0, plot: 11 is no rating of 0 to 10"),
+        (lambda content: content | {"sheet": "other"}, "belong to another sheet"),
+        (lambda content: content | {"ratings": {"0": {"plot": 11}}}, "item 0, plot: 11 is not a rating from 0 to 10"),
         (lambda content: content | {"ratings": {"99": {"plot": 1}}}, "item 99, plot"),
         (lambda content: content | {"ratings": {"0": {"wit": 1}}}, "item 0, wit"),
-        (lambda content: content | {"ratings": {}}, "nothing is rated in it"),
-        (lambda content: [], "are of another sheet"),
+        (lambda content: content | {"ratings": {"0": {"plot": True}}}, "item 0, plot: True is not a rating"),
+        (lambda content: content | {"ratings": {"0": {"plot": 7.5}}}, "item 0, plot: 7.5 is not a rating"),
+        (lambda content: content | {"ratings": {"0": {"plot": math.nan}}}, "item 0, plot: nan is not a rating"),
+        (lambda content: content | {"ratings": {"0": {"plot": 10**100}}}, "item 0, plot: 1000"),
+        (lambda content: content | {"ratings": {"00": {"plot": 1}}}, "item 00, plot"),
+        (lambda content: content | {"ratings": {"\u0660": {"plot": 1}}}, "item \u0660, plot"),
+        (lambda content: content | {"ratings": {"9" * 5000: {"plot": 1}}}, "item 999"),
+        (lambda content: content | {"ratings": {"\x1b[2J\n": {"plot": 1}}}, "item \ufffd[2J , plot"),
+        (lambda content: content | {"ratings": [1]}, "ratings: Input should be a valid dictionary"),
+        (lambda content: content | {"ratings": {"0": 7}}, "ratings: 0: Input should be a valid dictionary"),
+        (lambda content: content | {"ratings": {}}, "the file has no ratings"),
+        (lambda content: content | {"ratings": {"0": {}}}, "the file has no ratings"),
+        (lambda content: [], "belong to another sheet"),
     ],
 )
-def test_ratings_that_are_none(sheet, run, tmp_path, change, problem):
+def test_invalid_ratings(sheet, run, tmp_path, change, problem):
     _, key = sheet
     path = ratings_of(key, tmp_path, "ann", lambda place, criterion: 5)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
@@ -168,13 +180,103 @@ def test_ratings_that_are_none(sheet, run, tmp_path, change, problem):
     assert problem in only_line(errors)
 
 
-def test_no_json(sheet, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda key: [], "Input should be a valid dictionary"),
+        (lambda key: {}, "sheet: Field required"),
+        (lambda key: key | {"sheet": 3}, "sheet: Input should be a valid string"),
+        (lambda key: key | {"items": []}, "items: List should have at least 1 item"),
+        (lambda key: key | {"items": [7]}, "items.0: Input should be a valid dictionary"),
+        (
+            lambda key: key | {"items": [{"item_id": 1, "model": "m"}]},
+            "items.0.item_id: Input should be",
+        ),
+        (lambda key: key | {"items": [{"item_id": "1"}]}, "items.0.model: Field required"),
+        (lambda key: key | {"items": key["items"][:1] * 2}, "appears twice"),
+    ],
+)
+def test_invalid_keys(sheet, run, tmp_path, change, problem):
+    _, key = sheet
+    path = ratings_of(key, tmp_path, "ann", lambda place, criterion: 5)
+    key.write_text(json.dumps(change(json.loads(key.read_text()))))
+    code, _, errors = run("evaluate", "human-score", "--key", key, "--ratings", path)
+    assert code == 1
+    assert f"sheet.key.json: {problem}" in only_line(errors) or problem == "appears twice"
+    assert problem in only_line(errors)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([], "the file has no grades of a judge"),
+        ({}, "the file has no grades of a judge"),
+        ({"lines": []}, "the file has no grades of a judge"),
+        ({"sets": {"in_domain": []}}, "the file has no grades of a judge"),
+        ({"sets": {"in_domain": {"judge": {"lines": 7}}}}, "lines: Input should be a valid list"),
+        ({"lines": [7]}, "lines: 0: Input should be a valid dictionary"),
+        ({"lines": [{"model": "m", "scores": None}]}, "lines: 0.item_id: Field required"),
+        ({"lines": [{"item_id": "1", "model": "m", "scores": [1]}]}, "lines: 0.scores: Input should be a valid dict"),
+        ({"lines": [{"item_id": "1", "model": "m", "scores": {"plot": 11}}]}, "lines: 0.scores.plot: Input should be"),
+        ({"lines": [{"item_id": "1", "model": "m", "scores": {"plot": math.nan}}]}, "lines: 0.scores.plot: Input"),
+        ({"lines": [{"item_id": "1", "model": "m", "scores": {"plot": "9"}}]}, "lines: 0.scores.plot: Input should"),
+        ({"lines": [{"item_id": "1", "model": "m", "scores": {}}] * 2}, "item 1 of m appears twice"),
+    ],
+)
+def test_invalid_grades_of_a_judge(sheet, run, tmp_path, content, problem):
+    _, key = sheet
+    path = ratings_of(key, tmp_path, "ann", lambda place, criterion: 5)
+    (tmp_path / "judge.json").write_text(json.dumps(content))
+    code, _, errors = run(
+        "evaluate", "human-score", "--key", key, "--ratings", path, "--judge", tmp_path / "judge.json"
+    )
+    assert code == 1
+    assert f"judge.json: {problem}" in only_line(errors)
+
+
+def test_only_common_criteria_and_items_are_compared(sheet, run, tmp_path):
+    _, key = sheet
+    path = ratings_of(key, tmp_path, "ann", lambda place, criterion: place)
+    lines = [{"item_id": row.item_id, "model": row.model, "scores": {"plot": int(row.item_id)}} for row in ROWS]
+    write_json(tmp_path / "judge.json", {"lines": [*lines, {"item_id": "x", "model": "y", "scores": None}]})
+    code, said, _ = run("evaluate", "human-score", "--key", key, "--ratings", path, "--judge", tmp_path / "judge.json")
+    assert code == 0
+    assert "judge, grammar: Pearson -, Spearman - over 0 texts" in said
+    assert said[-1].startswith("judge, plot: Pearson 0.") or said[-1].startswith("judge, plot: Pearson -0.")
+
+
+def test_a_file_of_ratings_given_twice_is_refused(sheet, run, tmp_path):
+    _, key = sheet
+    path = ratings_of(key, tmp_path, "ann", lambda place, criterion: place)
+    code, _, errors = run("evaluate", "human-score", "--key", key, "--ratings", path, "--ratings", path)
+    assert code == 1
+    assert "--ratings: a file is given twice" in only_line(errors)
+
+
+def test_a_sheet_of_one_text_and_names_with_control_characters(run, tmp_path):
+    line = {"item_id": "1\x1b[2J", "model": "m\n\x07|<b>", "prefix": "A", "text": "A dog.", "completion": "dog."}
+    (tmp_path / "c.jsonl").write_text(json.dumps(line) + "\n")
+    options = ("--completions", tmp_path / "c.jsonl", "--out", tmp_path / "s.html")
+    assert run("evaluate", "human-sheet", *options)[0] == 0
+    path = ratings_of(tmp_path / "s.key.json", tmp_path, "ann", lambda place, criterion: 5)
+    code, said, errors = run("evaluate", "human-score", "--key", tmp_path / "s.key.json", "--ratings", path)
+    assert (code, errors) == (0, [])
+    assert said[0].startswith("m \ufffd|<b>: grammar 5.00 [5.00, 5.00]")
+    code, _, errors = run("evaluate", "human-sheet", *options, "--completions", tmp_path / "c.jsonl")
+    assert code == 1
+    assert "item 1\ufffd[2J of m \ufffd|<b> appears twice" in only_line(errors)
+    code, _, errors = run("evaluate", "human-sheet", *options, "--dataset", tmp_path)
+    assert code == 1
+    assert "the images of these completions are in no dataset" in only_line(errors)
+
+
+def test_ratings_must_be_json(sheet, tmp_path):
     (tmp_path / "ratings.json").write_text("{")
-    with pytest.raises(InputError, match="line 1 is not JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         score_ratings(sheet[1], [tmp_path / "ratings.json"])
 
 
-def test_the_command_shows_the_photos(run, toy, tmp_path):
+def test_the_command_shows_the_images(run, toy, tmp_path):
     from nanovlm_hf.evaluation.items import items_of_dataset
 
     items = items_of_dataset(str(toy / "data"), "short", "validation", limit=3)

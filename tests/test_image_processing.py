@@ -1,10 +1,14 @@
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 from PIL import Image
+from transformers import CLIPImageProcessor, ViTImageProcessor
 
 from nanovlm_hf import NanoVLMImageProcessor
+
+from helpers.models import random_image
 
 
 @pytest.fixture
@@ -17,7 +21,7 @@ def pixels_of(image_processor, image, **kwargs) -> np.ndarray:
 
 
 def raw(image_processor, image, **kwargs) -> np.ndarray:
-    """8-bit values, channels last."""
+    """Return the pixels as 8-bit values, channels last."""
     return pixels_of(
         image_processor, image, do_rescale=False, do_normalize=False, data_format="channels_last", **kwargs
     )
@@ -27,7 +31,7 @@ def plain(colour, size=(60, 40)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
-def test_values_are_normalised_with_imagenets_mean(image_processor):
+def test_values_are_normalised_with_the_imagenet_mean(image_processor):
     pixels = pixels_of(image_processor, plain((255, 0, 128)))
     want = (np.array([1.0, 0.0, 128 / 255]) - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert pixels.shape == (3, 224, 224)
@@ -35,7 +39,7 @@ def test_values_are_normalised_with_imagenets_mean(image_processor):
     np.testing.assert_allclose(pixels, np.broadcast_to(want[:, None, None], pixels.shape), atol=1e-5)
 
 
-def test_a_photo_is_squashed_by_default_and_cropped_on_request(image_processor):
+def test_resizing_ignores_the_aspect_ratio_unless_cropped(image_processor):
     wide = plain("red", (90, 30))
     wide.paste("blue", (30, 0, 60, 30))
     squashed = raw(image_processor, wide)
@@ -49,14 +53,14 @@ def test_exif_rotation_is_applied(image_processor):
     image = plain("red", (40, 80))
     image.paste("blue", (0, 40, 40, 80))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     image.info["exif"] = exif.tobytes()
     upright = raw(image_processor, image)
     assert (upright[:, :90, 2] > 200).all()
     assert (upright[:, 130:, 0] > 200).all()
 
 
-def test_transparency_lies_over_white(image_processor):
+def test_transparency_is_composited_on_white(image_processor):
     clear = Image.new("RGBA", (30, 30), (255, 0, 0, 0))
     assert (raw(image_processor, clear) == 255).all()
     palette = Image.new("P", (30, 30), 0)
@@ -78,7 +82,7 @@ def test_transparency_lies_over_white(image_processor):
     ],
     ids=["grey", "bilevel", "CMYK", "16-bit", "float", "grey with alpha", "palette"],
 )
-def test_every_mode_becomes_rgb(image_processor, image, want):
+def test_every_mode_is_converted_to_rgb(image_processor, image, want):
     pixels = raw(image_processor, image)
     assert pixels.shape == (224, 224, 3)
     assert (np.abs(pixels.astype(int) - want) <= 1).all()
@@ -86,39 +90,207 @@ def test_every_mode_becomes_rgb(image_processor, image, want):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (2000, 3), (224, 224)])
 def test_every_size(image_processor, size):
-    assert pixels_of(image_processor, picture(size=size)).shape == (3, 224, 224)
+    assert pixels_of(image_processor, random_image(size=size)).shape == (3, 224, 224)
 
 
-def test_arrays_and_tensors_equal_the_picture(image_processor):
-    image = picture()
+def test_arrays_and_tensors_equal_the_pillow_image(image_processor):
+    image = random_image()
     want = pixels_of(image_processor, image)
     array = np.asarray(image)
-    for same in (array, array.transpose(2, 0, 1), torch.from_numpy(array.copy()), array.astype(np.float32) / 255):
+    tensor = torch.from_numpy(array.copy())
+    for same in (array, array.transpose(2, 0, 1), array.astype(np.int64), array.astype(np.uint16), tensor):
         np.testing.assert_allclose(pixels_of(image_processor, same), want, atol=1e-5)
-
-
-def test_several_pictures_make_a_batch(image_processor):
-    batch = image_processor([picture(0), picture(1, size=(20, 90))], return_tensors="pt")["pixel_values"]
-    assert batch.shape == (2, 3, 224, 224)
-    torch.testing.assert_close(
-        batch[1], image_processor(picture(1, size=(20, 90)), return_tensors="pt")["pixel_values"][0]
+    # Floats are not rounded to 8 bits.
+    for same in (array.astype(np.float32), array.astype(np.float64), tensor.float(), tensor.permute(2, 0, 1).float()):
+        np.testing.assert_allclose(pixels_of(image_processor, same), want, atol=0.02)
+    for same in (array / 255, array.transpose(2, 0, 1) / 255, tensor.float() / 255):
+        np.testing.assert_allclose(pixels_of(image_processor, same, do_rescale=False), want, atol=0.02)
+    np.testing.assert_allclose(
+        pixels_of(image_processor, (tensor.float() / 255).bfloat16(), do_rescale=False), want, atol=0.05
     )
 
 
-def test_steps_can_be_left_out(image_processor):
-    image = picture(size=(224, 224))
+ARRAYS = {
+    "uint8": lambda array: array,
+    "int64": lambda array: array.astype(np.int64),
+    "uint16": lambda array: array.astype(np.uint16),
+    "bool": lambda array: array > 127,
+    "float32 of 0..255": lambda array: array.astype(np.float32),
+    "float64 of 0..1": lambda array: array / 255,
+    "nearly black float32": lambda array: (array / 400).astype(np.float32),
+    "channels first": lambda array: array.transpose(2, 0, 1),
+    "tensor": lambda array: torch.from_numpy(array.copy()),
+    "float tensor of 0..1": lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255,
+}
+
+
+@pytest.mark.parametrize("steps", [{}, {"do_rescale": False}, {"do_rescale": False, "do_normalize": False}], ids=str)
+@pytest.mark.parametrize("size", [(300, 260), (224, 224), (48, 64)], ids=str)
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_values_agree_with_image_processors_of_transformers(image_processor, kind, size, steps):
+    array = ARRAYS[kind](np.asarray(random_image(size=size)))
+    common = {"size": {"height": 224, "width": 224}, "resample": 3}
+    common |= {"image_mean": image_processor.image_mean, "image_std": image_processor.image_std}
+    got = pixels_of(image_processor, array, **steps)
+    for other in (CLIPImageProcessor(do_center_crop=False, **common), ViTImageProcessor(**common)):
+        want = pixels_of(other, array, **steps)
+        # They round or truncate floats to 8 bits before resizing.
+        level = 3 / 255 if "float" in kind and "255" not in kind else 1.1
+        if steps != {"do_rescale": False, "do_normalize": False}:
+            level = 2 * level / 0.224 if steps else 2 / 255 / 0.224
+        np.testing.assert_allclose(got, want, atol=level if "float" in kind else 1e-3)
+
+
+def test_floats_keep_their_precision(image_processor):
+    fine = np.linspace(0, 1 / 255, 224 * 224, dtype=np.float32).reshape(224, 224, 1).repeat(3, axis=2)
+    pixels = pixels_of(image_processor, fine, do_rescale=False, do_normalize=False)
+    np.testing.assert_array_equal(pixels, fine.transpose(2, 0, 1))
+    smaller = pixels_of(image_processor, fine, do_rescale=False, do_normalize=False, size={"height": 50, "width": 50})
+    assert len(np.unique(smaller)) > 1000
+
+
+def test_only_do_rescale_decides_about_values_from_0_to_1(image_processor, caplog):
+    dark = np.full((30, 30, 3), 1.0, np.float32)
+    with caplog.at_level("WARNING"):
+        black = pixels_of(image_processor, dark, do_normalize=False)
+    np.testing.assert_allclose(black, 1 / 255, atol=1e-6)
+    assert pixels_of(image_processor, dark, do_rescale=False).max() == pytest.approx((1 - 0.406) / 0.225, abs=1e-4)
+
+
+def test_integers_above_8_bits_need_a_rescale_factor(image_processor):
+    deep = np.full((30, 30, 3), 30_000, np.uint16)
+    for bad in (deep, deep.astype(np.int32) * -1):
+        with pytest.raises(ValueError, match="values from 0 to 255"):
+            pixels_of(image_processor, bad)
+    pixels = pixels_of(image_processor, deep, rescale_factor=1 / 65535, do_normalize=False)
+    np.testing.assert_allclose(pixels, 30_000 / 65535, atol=1e-6)
+
+
+def test_grey_and_transparent_floats_are_converted_to_rgb(image_processor):
+    grey = np.full((30, 20), 0.25, np.float32)
+    for same in (grey[:, :, None], grey[None]):
+        np.testing.assert_allclose(pixels_of(image_processor, same, do_rescale=False, do_normalize=False), 0.25)
+    clear = np.zeros((30, 20, 4), np.float32)
+    np.testing.assert_allclose(pixels_of(image_processor, clear, do_rescale=False, do_normalize=False), 1.0)
+    np.testing.assert_allclose(pixels_of(image_processor, clear, do_normalize=False), 1.0, atol=1e-6)
+
+
+def test_an_array_of_four_rows_does_not_have_four_channels(image_processor):
+    array = np.asarray(random_image(size=(50, 4)))
+    want = pixels_of(image_processor, random_image(size=(50, 4)))
+    np.testing.assert_allclose(pixels_of(image_processor, array), want, atol=1e-5)
+
+
+def test_floats_are_cropped_and_resized_like_the_pillow_image(image_processor):
+    image = random_image(size=(90, 30))
+    array = np.asarray(image).astype(np.float32)
+    for steps in (
+        {"do_center_crop": True},
+        {"do_resize": False},
+        {"resample": 0},
+        {"size": {"height": 9, "width": 80}},
+    ):
+        np.testing.assert_allclose(
+            pixels_of(image_processor, array, **steps), pixels_of(image_processor, image, **steps), atol=0.02
+        )
+
+
+def test_a_batch_of_images(image_processor):
+    batch = image_processor([random_image(0), random_image(1, size=(20, 90))], return_tensors="pt")["pixel_values"]
+    assert batch.shape == (2, 3, 224, 224)
+    torch.testing.assert_close(
+        batch[1], image_processor(random_image(1, size=(20, 90)), return_tensors="pt")["pixel_values"][0]
+    )
+
+
+def test_steps_can_be_disabled(image_processor):
+    image = random_image(size=(224, 224))
     np.testing.assert_array_equal(raw(image_processor, image), np.asarray(image))
     scaled = pixels_of(image_processor, image, do_normalize=False)
     np.testing.assert_allclose(scaled, np.asarray(image).transpose(2, 0, 1) / 255, atol=1e-6)
-    assert pixels_of(image_processor, picture(size=(50, 30)), do_resize=False).shape == (3, 30, 50)
+    assert pixels_of(image_processor, random_image(size=(50, 30)), do_resize=False).shape == (3, 30, 50)
     assert pixels_of(image_processor, image, size={"height": 32, "width": 64}).shape == (3, 32, 64)
 
 
-def test_what_is_no_picture_is_refused(image_processor):
+def test_inputs_that_are_not_images_are_refused(image_processor):
     with pytest.raises(ValueError, match=r"[Ii]mage"):
-        image_processor(["not a picture"])
+        image_processor(["not an image"])
     with pytest.raises(ValueError, match="does not know do_sharpen"):
-        image_processor(picture(), do_sharpen=True)
+        image_processor(random_image(), do_sharpen=True)
+
+
+def test_unsupported_arguments_are_refused(tmp_path, image_processor):
+    for name, value in (
+        ("crop_size", {"height": 32, "width": 32}),
+        ("crop_size", 32),
+        ("do_pad", True),
+        ("pad_size", 9),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            image_processor(random_image(), **{name: value})
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            NanoVLMImageProcessor(**{name: value})
+    with pytest.raises(ValueError, match="device needs return_tensors"):
+        image_processor(random_image(), device="cuda")
+    # Arguments that Transformers passes to every image processor are accepted.
+    nothing = {"crop_size": None, "do_pad": None, "pad_size": None, "device": "cpu", "disable_grouping": True}
+    assert image_processor(random_image(), return_tensors="pt", **nothing)["pixel_values"].shape == (1, 3, 224, 224)
+    assert image_processor(random_image(), return_tensors="pt", device="meta")["pixel_values"].device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("size", bad) for bad in (0, -1, 100_000, "abc", [], {}, {"height": 64}, {"shortest_edge": 64}, True)),
+        *(("size", {"height": bad, "width": 64}) for bad in (0, -5, 4097, 10**9, 2.5, "64", None, True, float("nan"))),
+        *(
+            ("image_mean", bad)
+            for bad in ("abc", [], [0.5], ["a", "b", "c"], [0.5, 0.5], [0.5, float("nan"), 0.5], True)
+        ),
+        *(("image_std", bad) for bad in ([0.0, 1.0, 1.0], [-1, 1, 1], "abc", [[1], [1], [1]], 0, float("inf"))),
+        *(("rescale_factor", bad) for bad in (0, "1/255", float("nan"), [1], True)),
+        *(("resample", bad) for bad in (6, -1, "bicubic", 2.5, [3], True)),
+        *(("do_resize", bad) for bad in ("no", 1, [])),
+        ("do_convert_rgb", "yes"),
+        ("do_center_crop", 0),
+        ("do_rescale", "false"),
+        ("do_normalize", {}),
+    ],
+    ids=str,
+)
+def test_invalid_settings_are_named(tmp_path, image_processor, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        NanoVLMImageProcessor(**{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        image_processor(random_image(), **{name: value})
+    image_processor.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        NanoVLMImageProcessor.from_pretrained(tmp_path)
+
+
+def test_equivalent_forms_of_settings(image_processor):
+    want = pixels_of(image_processor, random_image(), size={"height": 64, "width": 64}, image_mean=[0.5] * 3)
+    for size in (64, (64, 64), [64, 64], {"height": np.int32(64), "width": 64.0}):
+        np.testing.assert_array_equal(pixels_of(image_processor, random_image(), size=size, image_mean=0.5), want)
+
+
+def test_grey_images_without_conversion():
+    settings = {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
+    pixels = pixels_of(NanoVLMImageProcessor(**settings), random_image(mode="L"))
+    assert pixels.shape == (1, 224, 224)
+    with pytest.raises(ValueError, match="image_mean: 1 numbers for an image of 3 channels"):
+        pixels_of(NanoVLMImageProcessor(**settings), random_image())
+
+
+def test_invalid_metadata_is_ignored(image_processor):
+    image = plain("red", (40, 80))
+    image.paste("blue", (0, 40, 40, 80))
+    want = raw(image_processor, image)
+    for lie in (b"Exif\0\0", b"Exif\0\0not a TIFF header", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"\xff" * 40):
+        image.info["exif"] = lie
+        np.testing.assert_array_equal(raw(image_processor, image), want)
 
 
 def test_round_trip(tmp_path, image_processor):

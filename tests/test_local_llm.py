@@ -1,15 +1,16 @@
-"""From captions to `load_dataset` with a real model behind a real server; slow, and its texts are poor."""
+"""From captions to `load_dataset` with a real language model behind a real server."""
 
 import json
 from importlib.util import find_spec
 
 import pytest
 from datasets import load_dataset
-from servers import serve
-from toy_data import write_sources
 
 from nanovlm_hf.data.splits import split_of
 from nanovlm_hf.evaluation.calibration import paper_outputs
+
+from helpers.servers import serve
+from helpers.toy_data import write_sources
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,8 +70,8 @@ def test_captions_to_dataset(run, tmp_path, monkeypatch):
     assert all(split_of(image_id) in ("train", "validation", "test") for image_id in loaded)
 
 
-def test_a_judge_that_is_a_real_language_model(run, tmp_path, monkeypatch):
-    """Three of the paper's completions, graded through the schema; what the grades are is not asked of this model."""
+def test_a_real_language_model_as_judge(run, tmp_path, monkeypatch):
+    """Three of the paper's completions are graded with the schema; the grades of this model are not checked."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     lines = paper_outputs().read_text().splitlines()[:3]
     (tmp_path / "three.jsonl").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""ROUGE-1, the nearest training text, copying, and signs of coherence."""
+"""ROUGE-1, the nearest training text, copied words, coherence, and confidence intervals."""
 
 import evaluate
 import numpy as np
@@ -18,13 +18,13 @@ def random_texts(number: int, seed: int = 0, longest: int = 30) -> list[str]:
     return [" ".join(rng.choice(WORDS, rng.integers(0, longest))) for _ in range(number)]
 
 
-def test_rouge_is_that_of_the_rouge_score_package():
+def test_rouge_equals_the_rouge_score_package():
     scorer = rouge_scorer.RougeScorer(["rouge1"])
     for prediction, reference in zip(random_texts(1000), random_texts(1000, seed=1), strict=True):
         assert rouge1(prediction, reference) == pytest.approx(scorer.score(reference, prediction)["rouge1"].fmeasure)
 
 
-def test_the_nearest_text_is_the_best_of_all():
+def test_the_nearest_text_has_the_highest_score():
     texts = random_texts(200)
     index = TrainingTexts(texts)
     for prediction in random_texts(100, seed=1):
@@ -34,7 +34,7 @@ def test_the_nearest_text_is_the_best_of_all():
         assert scores[nearest.row] == pytest.approx(max(scores))
 
 
-def longest_by_hand(text, texts):
+def length_of_longest_copy(text, texts):
     words = rouge_tokens(text)
     every = [rouge_tokens(one) for one in texts]
     for size in range(len(words), 0, -1):
@@ -45,15 +45,15 @@ def longest_by_hand(text, texts):
     return 0
 
 
-def test_the_longest_copy_is_found_within_one_text():
+def test_the_longest_copy_comes_from_one_text():
     texts = random_texts(40)
     index = TrainingTexts(texts)
     for text in random_texts(60, seed=2):
         copied = index.longest_copy(text)
-        assert len(copied) == longest_by_hand(text, texts)
+        assert len(copied) == length_of_longest_copy(text, texts)
         assert " ".join(copied) in " ".join(rouge_tokens(text))
     joined = TrainingTexts(["the red dog", "runs home now"])
-    assert joined.longest_copy("a red dog runs home") == ["red", "dog"], "a run does not go on in the next text"
+    assert joined.longest_copy("a red dog runs home") == ["red", "dog"], "a run does not continue in the next text"
     assert TrainingTexts(["x"]).longest_copy("") == []
 
 
@@ -63,7 +63,7 @@ def test_distinct():
     assert distinct([""], 2) == 0.0
 
 
-def test_originality_of_own_and_of_copied_words():
+def test_originality_of_new_and_copied_words():
     training = ["There is a red kite in the sky.", "Two dogs sleep on a bed."]
     wholes = ["Two dogs sleep on a bed.", "Two green frogs swim."]
     measured = originality(["sleep on a bed.", "swim."], wholes, [training[1], None], TrainingTexts(training))
@@ -86,18 +86,18 @@ def test_the_metric_of_the_evaluate_library():
     assert isinstance(metric, evaluate.Metric)
 
 
-def test_no_training_text():
+def test_training_texts_are_required():
     with pytest.raises(ValueError, match="no training text"):
         TrainingTexts([])
 
 
-def test_signs_of_coherence():
+def test_coherence():
     assert repeats("A black hat and a black hat.")
     assert not repeats("a black hat and a black coat")
     assert ends('He says "hello!" ')
     assert not ends("and then the")
-    signs = coherence(["the dog runs.", "zzz", ""], vocabulary={"the", "dog", "runs"})
-    assert signs == {
+    measured = coherence(["the dog runs.", "zzz", ""], vocabulary={"the", "dog", "runs"})
+    assert measured == {
         "repetition_rate": 0.0,
         "end_rate": pytest.approx(1 / 3),
         "empty_rate": pytest.approx(1 / 3),
@@ -106,10 +106,12 @@ def test_signs_of_coherence():
     }
 
 
-def test_the_bootstraps_interval():
+def test_bootstrap_intervals():
     values = np.random.default_rng(0).normal(5, 2, 400)
     interval = bootstrap(values)
     assert interval["mean"] == pytest.approx(values.mean())
     assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
     assert bootstrap([]) == {"mean": None, "low": None, "high": None, "items": 0}
     assert bootstrap([3.0]) == {"mean": 3.0, "low": 3.0, "high": 3.0, "items": 1}
+    assert bootstrap([0.0, 1.0, 1.0, 0.0, 1.0]) == {"mean": 0.6, "low": 0.2, "high": 1.0, "items": 5}
+    assert bootstrap(values) == bootstrap(values), "the seed is fixed"

@@ -1,7 +1,8 @@
-"""ShortDesc and LongDesc as they are in the repository: texts alone, and cards that say what the files hold."""
+"""The released ShortDesc and LongDesc: text-only data, and cards that agree with the files."""
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,45 +10,61 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
 from nanovlm_hf.data import quality
-from nanovlm_hf.data.card import NAMES
+from nanovlm_hf.data.collections import upstream_names
 from nanovlm_hf.data.splits import split_of
+from nanovlm_hf.data.vocabulary import PATH, released_vocabulary
+from nanovlm_hf.variants import VARIANTS
+from nanovlm_hf.words import words
 
 DATASETS = Path(__file__).parent.parent / "hub_cards" / "datasets"
 
 
-@pytest.mark.parametrize("variant", NAMES)
-def test_it_is_text_alone_and_the_card_is_true(variant):
-    folder = DATASETS / NAMES[variant]
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_released_datasets_are_text_only_and_agree_with_their_cards(variant):
+    folder = DATASETS / VARIANTS[variant].title
     splits = load_dataset(str(folder))
     assert set(splits) == {"train", "validation", "test"}
-    sources = {"flickr8k": 0, "coco": 0}
-    words = rows = 0
+    sources = Counter()
+    total = rows = 0
     for split, dataset in splits.items():
-        assert dataset.column_names == ["image_id", "file_name", "description", "source", "coco_url"]
+        assert dataset.column_names == ["image_id", "file_name", "description", "written_from", "source", "coco_url"]
         for row in dataset:
             assert split_of(row["image_id"]) == split
             reply = {"text": row["description"], "finish_reason": None, "refusal": None}
-            assert quality.problems(reply, quality.ACCEPTED[variant]) == []
+            assert quality.problems(reply, VARIANTS[variant].accepted) == []
             source = row["source"].split("-")[0]
-            sources[source] += 1
-            assert (row["coco_url"] is None) == (source == "flickr8k")
+            sources[source, row["written_from"]] += 1
+            assert (row["coco_url"] is None) == (source != "coco")
             assert row["coco_url"] is None or row["coco_url"].endswith("/" + row["file_name"])
-            assert int(re.findall(r"\d+", row["file_name"].removeprefix("COCO_val2014_"))[0]) == row["image_id"] or (
-                row["source"] == "coco-train2014"
-            )
-            words += len(quality.words(row["description"]))
+            known = [row["file_name"], *upstream_names(row["source"], row["image_id"], row["file_name"])]
+            assert row["file_name"] in known[1:] or re.match(r"\d+", row["file_name"])[0] == str(row["image_id"])
+            total += len(words(row["description"]))
             rows += 1
     statistics = json.loads((folder / "stats.json").read_text())[variant]
     assert statistics["descriptions"] == rows
-    assert statistics["words"] == words
+    assert statistics["words"] == total
     card = DatasetCard.load(folder / "README.md")
     assert card.data.license == "cc-by-4.0"
     sizes = " | ".join(f"{splits[name].num_rows:,}" for name in ("train", "validation", "test"))
     assert f"| `{variant}` | {sizes} |" in card.text
     assert f"| descriptions | {rows:,} |" in card.text
-    assert f"| words | {words:,} |" in card.text
-    assert "**not** written by GPT-4o" in card.text
-    if variant == "short":  # all photos have one
-        assert sources == {"flickr8k": 7890, "coco": 1414}
-        assert "7,890 of Flickr8k" in card.text
-        assert "1,414 of COCO" in card.text
+    assert f"| words | {total:,} |" in card.text
+    assert "**not** GPT-4o" in card.text
+    if variant == "short":  # every image has a short description
+        assert sources == {
+            ("flickr8k", "captions"): 7890,
+            ("coco", "captions"): 1414,
+            ("coco", "image"): 4847,
+            ("visual7w", "image"): 6030,
+            ("voc2007", "image"): 1860,
+        }
+        assert sum(origin == "captions" for origin in splits["validation"]["written_from"]) == 953
+        for count in ("7,890", "1,414", "4,847", "6,030", "1,860"):
+            assert count in card.text
+
+
+@pytest.mark.slow
+def test_the_vocabulary_is_that_of_the_released_datasets():
+    folders = [str(DATASETS / variant.title) for variant in VARIANTS.values()]
+    assert PATH.read_text(encoding="utf-8") == released_vocabulary(folders)

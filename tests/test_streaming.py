@@ -1,25 +1,29 @@
-"""Training from a dataset that is read as it comes."""
+"""Training from a streamed dataset."""
 
 from io import BytesIO
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as HubImage
 from PIL import Image
-from run_folder import RunFolder
-from runs import CONFIG, launch, metrics, toy_options, weights
-from streaming import StreamedBatches, StreamedSplit, open_stream
-from test_photos import png_header
-from toy_data import jpeg_of
 
 from nanovlm_hf import InputError, NanoVLMImageProcessor, NanoVLMProcessor
+from nanovlm_hf.training.batches import TrainingBatches
+from nanovlm_hf.training.run_directory import RunDirectory
+from nanovlm_hf.training.streaming import StreamedBatches, StreamedSplit, open_stream
+from nanovlm_hf.training.texts import TokenizedTexts
+
+from helpers.image_files import png_header
+from helpers.runs import CONFIG, metrics, toy_options, weights
+from helpers.toy_data import jpeg_of
 
 
 @pytest.fixture(autouse=True)
-def no_rest(monkeypatch):
-    """`datasets` rests for five seconds after each pass, which toy passes need not."""
+def no_sleep(monkeypatch):
+    """Disable the five seconds that `datasets` sleeps after each pass."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
@@ -33,15 +37,15 @@ def batches_of(split: StreamedSplit, processor, **settings) -> StreamedBatches:
     return StreamedBatches(split, processor, ["short", "captions"], **settings)
 
 
-def damaged_stream(damaged: int, photos: int = 400) -> StreamedSplit:
-    """Photos of which the first are no pictures, or claim more pixels than are ever decoded."""
+def damaged_stream(damaged: int, images: int = 400) -> StreamedSplit:
+    """Return a split whose first images are not images, or claim too many pixels to be decoded."""
     bad = [b"nothing", png_header(60_000, 60_000)]
-    contents = [bad[number % 2] if number < damaged else jpeg_of(number) for number in range(photos)]
+    contents = [bad[number % 2] if number < damaged else jpeg_of(number) for number in range(images)]
     rows = {
         "image": [{"bytes": content, "path": None} for content in contents],
-        "image_id": list(range(photos)),
-        "description": ["There is a big red ball."] * photos,
-        "captions": [["a ball"]] * photos,
+        "image_id": list(range(images)),
+        "description": ["There is a big red ball."] * images,
+        "captions": [["a ball"]] * images,
     }
     features = Features(
         {
@@ -54,8 +58,9 @@ def damaged_stream(damaged: int, photos: int = 400) -> StreamedSplit:
     return StreamedSplit(Dataset.from_dict(rows, features=features).to_iterable_dataset(), ["a.parquet"])
 
 
-def test_a_streamed_run_learns_and_goes_on_where_it_was(train, tmp_path, toy):
-    """Two windows of steps and a second pass over the photos; from a state within the second window."""
+@pytest.mark.slow
+def test_a_streamed_run_learns_and_resumes(train, tmp_path, toy):
+    """Two windows of steps, a second pass over the images, and a state within the second window."""
     options = ("--streaming", "true", "--texts", "short", "captions", "--per_device_train_batch_size", 6)
     options += ("--max_steps", 28, "--save_steps", 11, "--save_total_limit", 9, "--eval_steps", 14)
     options += ("--augment", "true", "--logging_steps", 2, "--warmup_steps", 10)
@@ -70,28 +75,16 @@ def test_a_streamed_run_learns_and_goes_on_where_it_was(train, tmp_path, toy):
     assert list(after) == [24, 26, 28]
     assert after == {row["step"]: row["train_loss"] for row in rows if row["step"] > 22}
     assert weights(other)[0] == weights(whole)[0]
-    assert "A stream of photos to train" in (whole / "best" / "README.md").read_text()
+    assert "A stream of images for training" in (whole / "best" / "README.md").read_text()
 
     mapped = tmp_path / "mapped"
     assert train("--config", CONFIG, *toy_options(toy, mapped), "--max_steps", 2)[0] == 0
-    records = [RunFolder(run, keep=True).description()["data"] for run in (whole, mapped)]
-    assert records[0]["validation"] == records[1]["validation"], "both are judged on the same photos"
+    records = [RunDirectory(run, exist_ok=True).description()["data"] for run in (whole, mapped)]
+    assert records[0]["validation"] == records[1]["validation"], "both are evaluated on the same images"
     assert records[0]["train"]["files"] == 1
 
 
-@pytest.mark.slow
-def test_two_processes_share_a_stream_and_go_on(tmp_path, toy):
-    fields = {"streaming": "true", "max_steps": 20, "per_device_train_batch_size": 4, "texts": "short"}
-    fields |= {"save_steps": 18, "save_total_limit": 9, "eval_steps": 20}
-    launch(toy, tmp_path / "whole", 2, **fields)
-    state = tmp_path / "whole" / "states" / "step-00000018"
-    launch(toy, tmp_path / "other", 2, **fields, resume=state)
-    rows, after = ([row for row in metrics(tmp_path / name) if "train_loss" in row] for name in ("whole", "other"))
-    assert [row["train_loss"] for row in after] == [row["train_loss"] for row in rows[18:]]
-    assert weights(tmp_path / "other")[0] == weights(tmp_path / "whole")[0]
-
-
-def test_processes_take_different_photos_and_leave_none_out(toy, processor):
+def test_processes_take_different_images_and_leave_none_out(toy, processor):
     split = open_stream(str(toy / "data"), "short", "train")
     every = [row["image_id"] for row in split.rows]
     taken = []
@@ -101,53 +94,113 @@ def test_processes_take_different_photos_and_leave_none_out(toy, processor):
     once = [ids[: len(every) // 2 // 16 * 16] for ids in taken]  # whole windows of the first pass
     assert len(set(once[0] + once[1])) == len(once[0] + once[1])
     assert set(taken[0] + taken[1]) == set(every)
-    assert once[0] != every[: len(once[0])], "the order is by chance"
+    assert once[0] != every[: len(once[0])], "the order is random"
 
 
-def test_a_second_pass_comes_in_another_order(toy, processor):
-    split = open_stream(str(toy / "data"), "short", "train")
-    photos = sum(1 for _ in split.rows)
-    batches = batches_of(split, processor, steps=2 * photos)
+def test_a_second_pass_has_another_order(processor):
+    images = 64
+    batches = batches_of(damaged_stream(0, images), processor, steps=2 * images)
     taken, epochs = [], []
     for batch in batches.from_step(0):
         taken += batch["image_ids"]
         epochs.append(batches.epoch(0))
     assert epochs == sorted(epochs)
     assert epochs[-1] == 1.0
-    first, second = taken[:photos], taken[photos:]
+    first, second = taken[:images], taken[images:]
     assert first != second
-    assert len(set(first)) > photos - 16
+    assert len(set(first)) == images
 
 
-def test_a_few_damaged_photos_are_left_out(processor):
-    batches = batches_of(damaged_stream(5), processor, steps=395)
+def same(one: dict, other: dict) -> bool:
+    if one["image_ids"] != other["image_ids"] or len(one["texts"]) != len(other["texts"]):
+        return False
+    tensors = [(one[name], other[name]) for name in ("crops", "gain", "bias", "word_targets")]
+    for text, its in zip(one["texts"], other["texts"], strict=True):
+        tensors += [(text[name], its[name]) for name in text]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in tensors)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "processes", "steps"),
+    [
+        (1, 1, (15, 16, 17)),
+        *(pytest.param(*shared, range(37), marks=pytest.mark.slow) for shared in ((1, 1), (2, 1), (1, 2))),
+    ],
+)
+def test_a_stream_resumed_after_any_step_gives_the_same_batches(processor, micro_batches, processes, steps):
+    """36 steps: windows of 16, two passes and more, with damaged images among them, bit for bit."""
+    split = damaged_stream(2, images=16 * micro_batches * processes)
+    settings = {"steps": 36, "micro_batches": micro_batches, "process_index": processes - 1, "num_processes": processes}
+    batches = batches_of(split, processor, **settings)
+    coming, whole, positions = batches.from_step(0), [], [batches.position]
+    for _ in range(36):
+        whole += [next(coming) for _ in range(micro_batches)]
+        positions.append(batches.position)  # what a state saved here would hold
+    assert positions[-1][0] == 2
+    for step in steps:
+        resumed = batches_of(split, processor, **settings)
+        resumed.position = positions[step]
+        rest = list(resumed.from_step(step))
+        assert len(rest) >= len(whole) - step * micro_batches
+        assert all(map(same, whole[step * micro_batches :], rest)), step
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_images_on_disk_resumed_after_any_step_give_the_same_batches(processor, micro_batches):
+    """36 steps, passes of 14, windows of 16."""
+    rows = 14 * micro_batches
+    images = np.random.default_rng(0).integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
+    captions = [[f"a ball {'to the left ' * (row % 3)}", "one"] for row in range(rows)]
+    texts = TokenizedTexts({"captions": captions}, captions, processor)
+
+    def batches():
+        settings = {
+            "batch_size": 1,
+            "steps": 36,
+            "micro_batches": micro_batches,
+            "vocab_size": 320,
+            "augment": True,
+            "seed": 3,
+        }
+        return TrainingBatches(images, texts, list(range(rows)), **settings)
+
+    whole = list(batches().from_step(0))
+    assert len(whole) == 36 * micro_batches
+    for step in range(37):
+        rest = list(batches().from_step(step))
+        assert len(rest) == len(whole) - step * micro_batches
+        assert all(map(same, whole[step * micro_batches :], rest)), step
+
+
+def test_a_few_damaged_images_are_left_out(processor):
+    batches = batches_of(damaged_stream(5, images=101), processor, steps=96)
     taken = [image_id for batch in batches.from_step(0) for image_id in batch["image_ids"]]
     assert sorted(taken)[:2] == [5, 6]
     assert not set(range(5)) & set(taken)
 
 
-def test_many_damaged_photos_stop_the_run(processor):
-    with pytest.raises(InputError, match=r"dataset: 11 of the first \d+ photos cannot be decoded \(image_id \d+, "):
+def test_many_damaged_images_stop_the_run(processor):
+    with pytest.raises(InputError, match=r"dataset: 11 of the first \d+ images cannot be decoded \(image_id \d+, "):
         list(batches_of(damaged_stream(60), processor, steps=400).from_step(0))
 
 
-def test_a_stream_without_photos_for_a_process(processor):
-    with pytest.raises(InputError, match="the stream gives this process no photo"):
-        list(batches_of(damaged_stream(0, photos=1), processor, process_index=1, num_processes=2).from_step(0))
+def test_a_stream_without_images_for_a_process(processor):
+    with pytest.raises(InputError, match="the stream has no image for this process"):
+        list(batches_of(damaged_stream(0, images=1), processor, process_index=1, num_processes=2).from_step(0))
 
 
-def test_a_stream_that_breaks_off(processor):
+def test_a_stream_that_fails(processor):
     def rows():
-        yield from damaged_stream(0, photos=3).rows
+        yield from damaged_stream(0, images=3).rows
         raise ConnectionError("the line is down\nand more")
 
     split = StreamedSplit(IterableDataset.from_generator(rows, features=damaged_stream(0, 1).rows.features), [])
-    with pytest.raises(InputError, match=r"the stream broke off \(.*the line is down\): --resume auto goes on"):
+    with pytest.raises(InputError, match=r"the stream failed \(.*the line is down\): use --resume auto"):
         list(batches_of(split, processor).from_step(0))
 
 
-def test_what_is_stored_is_what_is_seen(toy, processor):
-    """Without augmentation a streamed photo has the pixels that the image processor gives."""
+def test_streamed_pixels_are_those_of_the_stored_image(toy, processor):
+    """Without augmentation, a streamed image of the right size keeps its pixels."""
     split = open_stream(str(toy / "data"), "short", "train")
     (batch, *_) = batches_of(split, processor, augment=False, steps=1).from_step(0)
     stored = {row["image_id"]: row["image"]["bytes"] for row in split.rows}[batch["image_ids"][0]]
@@ -157,9 +210,9 @@ def test_what_is_stored_is_what_is_seen(toy, processor):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ((), 2, "max_steps: None but a stream has no length: say how many"),
-        (("--max_steps", 5, "--train_samples", 9), 2, "train_samples: 9 are not to be found in a stream"),
-        (("--max_steps", 5, "--texts", "short", "long"), 2, "but a stream holds short and captions alone"),
+        ((), 2, "max_steps: is required when streaming"),
+        (("--max_steps", 5, "--train_samples", 9), 2, "train_samples: cannot be combined with streaming"),
+        (("--max_steps", 5, "--texts", "short", "long"), 2, "cannot be streamed: only short and captions can"),
         (("--max_steps", 0), 2, "max_steps: 0 is less than 1"),
         (("--max_steps", 5, "--dataset", "nowhere"), 1, "dataset: nowhere (short) cannot be read as a stream: "),
     ],
@@ -171,12 +224,13 @@ def test_wrong_streams(train, tmp_path, toy, options, code, message):
     assert "Traceback" not in errors
 
 
-def test_a_stream_is_resumed_by_as_many_processes(train, tmp_path, toy, monkeypatch):
+@pytest.mark.slow
+def test_a_stream_is_resumed_by_the_same_number_of_processes(train, tmp_path, toy, monkeypatch):
     options = ("--config", CONFIG, *toy_options(toy, tmp_path / "run"), "--streaming", "true", "--max_steps", 2)
     assert train(*options)[0] == 0
-    (state,) = RunFolder(tmp_path / "run", keep=True).states()
+    (state,) = RunDirectory(tmp_path / "run", exist_ok=True).states()
     progress = state / "progress.json"
     progress.write_text(progress.read_text().replace('"positions": [[0, 0]]', '"positions": [[0, 0], [0, 0]]'))
     code, errors = train(*options, "--resume", "auto")
     assert code == 1
-    assert "resume: 2 processes read the stream before, 1 do now: go on with as many" in errors
+    assert "resume: 2 processes read the stream before, 1 do now: use the same number" in errors

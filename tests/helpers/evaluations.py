@@ -1,0 +1,3 @@
+"""Options that keep an evaluation short."""
+
+QUICK = ("--split", "validation", "--limit", 3, "--max-new-tokens", 4)

@@ -1,0 +1,190 @@
+"""Export to ONNX: the same logits and texts as PyTorch, and the layout that transformers.js reads."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanovlm_hf import InputError, cli
+from nanovlm_hf.errors import UsageError
+from nanovlm_hf.export.onnx import export_onnx
+from nanovlm_hf.export.runtime import OnnxModel
+
+from helpers.models import random_image, tiny_model, tiny_processor
+
+onnx = pytest.importorskip("onnx")
+pytestmark = pytest.mark.slow  # every test needs an export, which takes half a minute
+
+
+def save(folder, tokenizer, strategy="cls"):
+    model = tiny_model(strategy)
+    model.generation_config.repetition_penalty = 1.2
+    model.generation_config.suppress_tokens = [model.config.image_token_id]
+    model.save_pretrained(folder)
+    tiny_processor(tokenizer, strategy).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory, tokenizer):
+    """The lines that the command prints, for a checkpoint that it exports beside it."""
+    folder = tmp_path_factory.mktemp("export")
+    command = ["nanovlm", "export", save(folder / "checkpoint", tokenizer), "--out", folder / "onnx", "--dtype", "fp32"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == 0
+    return printed.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def exported(said):
+    folder = Path(said[-1])
+    report = json.loads((folder / "onnx" / "export_fp32.json").read_text())
+    return folder, report, folder.with_name("checkpoint")
+
+
+def test_every_completion_equals_pytorchs(exported):
+    _, report, _ = exported
+    assert report["completions"] == report["same_text"] > 20
+    assert report["max_logit_difference"] < 1e-4
+
+
+def test_layout_and_configuration_are_those_of_transformers_js(exported):
+    folder, report, checkpoint = exported
+    names = {"vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"}
+    assert set(report["bytes"]) == names
+    assert {path.name for path in (folder / "onnx").iterdir()} == names | {"export_fp32.json"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "llava"
+    assert config["image_token_index"] == json.loads((checkpoint / "config.json").read_text())["image_token_id"]
+    assert {"num_attention_heads", "num_hidden_layers", "hidden_size"} < config["text_config"].keys()
+    assert json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"] == "ViTImageProcessor"
+    decoder = onnx.load(folder / "onnx" / "decoder_model_merged.onnx")
+    shapes = {
+        value.name: [dimension.dim_param or dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        for value in (*decoder.graph.input, *decoder.graph.output)
+    }
+    assert shapes["inputs_embeds"] == ["batch_size", "sequence_length", 32]
+    assert shapes["past_key_values.1.value"] == ["batch_size", 4, "past_sequence_length", 8]
+    assert shapes["present.0.key"] == ["batch_size", 4, "total_sequence_length", 8]
+    assert shapes["logits"] == ["batch_size", "sequence_length", 320]
+
+
+def test_the_pixels_are_the_image_processors(exported):
+    folder, _, checkpoint = exported
+    from nanovlm_hf import NanoVLMImageProcessor
+
+    image = random_image(3, (300, 200))
+    expected = NanoVLMImageProcessor.from_pretrained(checkpoint)(image)["pixel_values"][0]
+    np.testing.assert_allclose(OnnxModel(folder).pixel_values(image)[0], expected, atol=1e-6)
+
+
+def test_the_command_line_of_a_completion(exported):
+    folder, _, _ = exported
+    model = OnnxModel(folder)
+    text = model.complete(random_image(), "There is a ", max_new_tokens=5)
+    assert text.startswith("There is a")
+    assert text == model.complete(random_image(), "There is a", max_new_tokens=5)
+    with pytest.raises(InputError, match="prefix: <image> stands for the image"):
+        model.complete(random_image(), "a <image>")
+    with pytest.raises(InputError, match=r"leave no room in 48 positions"):
+        model.complete(random_image(), "cat " * 100)
+
+
+COLD_START = """
+import sys, nanovlm_command
+sys.argv[0] = "nanovlm"
+try:
+    nanovlm_command.main()
+finally:
+    print(sorted({"torch", "transformers", "datasets"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_an_exported_folder_completes_without_importing_pytorch(exported, tmp_path, run):
+    folder, _, checkpoint = exported
+    random_image().save(tmp_path / "photo.png")
+    options = ["complete", tmp_path, "--prefix", "There is", "--max-new-tokens", "6", "--blind", "--model"]
+    command = [sys.executable, "-c", COLD_START, *options, folder]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines() == ["[]"], done.stderr
+    assert done.stdout.splitlines() == run(*options, checkpoint)[1]
+    (tmp_path / "text.png").write_text("no image")
+    code, lines, errors = run(*options, folder)
+    assert (code, len(lines)) == (1, 2), "the other image is completed"
+    assert "text.png" in errors[0]
+    code, _, errors = run(*options, folder, "--num-beams", "2")
+    assert code == 2
+    assert "an exported model decodes greedily" in errors[0]
+
+
+def test_several_image_tokens(tmp_path, tokenizer):
+    report = export_onnx(str(save(tmp_path / "checkpoint", tokenizer, "full")), tmp_path / "onnx", "fp32")
+    assert report["completions"] == report["same_text"]
+    assert report["max_logit_difference"] < 1e-4
+
+
+def test_eight_bit_weights_are_smaller(exported, tmp_path):
+    _, report, checkpoint = exported
+    small = export_onnx(str(checkpoint), tmp_path / "onnx", "int8")
+    assert json.loads((tmp_path / "onnx" / "onnx" / "export_int8.json").read_text()) == small
+    assert set(small["bytes"]) == {name.replace(".onnx", "_quantized.onnx") for name in report["bytes"]}
+    assert sum(small["bytes"].values()) < sum(report["bytes"].values())
+
+
+def test_what_cannot_be_exported_or_loaded_is_named(tmp_path, exported, monkeypatch):
+    folder, _, _ = exported
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"used: it holds thesis\.tex and no earlier export"):
+        export_onnx("mini-short", used)
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "onnx").mkdir(parents=True)
+    (checkpoint / "config.json").write_text('{"model_type": "nanovlm_hf"}')
+    with pytest.raises(InputError, match=r"checkpoint: it holds config\.json and no earlier export"):
+        export_onnx("mini-short", checkpoint)
+    assert json.loads((checkpoint / "config.json").read_text()) == {"model_type": "nanovlm_hf"}
+    other = tmp_path / "bert"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match="bert"):
+        export_onnx(str(other), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"there are no graphs in onnx/"):
+        OnnxModel(other)
+    for name, field in (
+        ("config", "text_config"),
+        ("generation_config", "eos_token_id"),
+        ("preprocessor_config", "size"),
+    ):
+        odd = tmp_path / name
+        shutil.copytree(folder, odd)
+        content = json.loads((odd / f"{name}.json").read_text())
+        for value in (None, -1, "x", [], {}):
+            (odd / f"{name}.json").write_text(json.dumps(content | {field: value}))
+            with pytest.raises(InputError, match=f"{name}.json: {field}"):
+                OnnxModel(odd)
+    with pytest.raises(InputError, match=r"there are no int8 graphs in onnx/"):
+        OnnxModel(folder, "int8")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UsageError, match=r"pip install 'nanovlm-hf\[onnx\]'"):
+        OnnxModel(folder)
+
+
+def test_the_command_reports_sizes_and_the_comparison(run, said, exported):
+    _, _, checkpoint = exported
+    assert said[0].endswith("  vision_encoder.onnx")
+    assert said[3] == "24 of 24 completions equal PyTorch's"
+    code, _, errors = run("export", checkpoint, "--out", checkpoint)
+    assert code == 1
+    assert "no earlier export" in errors[0]

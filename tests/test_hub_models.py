@@ -1,0 +1,302 @@
+"""Publishing a checkpoint on a local test Hub, and loading it in fresh processes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import transformers
+from huggingface_hub import ModelCard
+
+from nanovlm_hf.checkpoints import SHIPPED
+from nanovlm_hf.hub.model_metadata import eval_results
+from nanovlm_hf.hub.staging import stage_checkpoint
+
+from helpers.hub_client import online, run_commands
+from helpers.models import random_image
+from helpers.output import only_line
+from helpers.servers import serve
+
+METRICS = json.loads((SHIPPED["mini-short"] / "metrics.json").read_text())
+METRICS_OF_TRAINING = ("eval_loss", "eval_loss_wrong_photo", "grounding_gap")
+
+
+PUSH = ["push", "mini-short", "org/tiny"]
+
+
+def push(hub, home, token="hf_write"):
+    return run_commands(hub, home, (token, PUSH))[0]
+
+
+LOAD = """
+import json, sys
+how, photo, name_of_class, *names = sys.argv[1:]
+if how == "without":
+    sys.modules["nanovlm_hf"] = None
+else:
+    import nanovlm_hf
+import transformers
+from PIL import Image
+auto_class = getattr(transformers, name_of_class, transformers.AutoModelForImageTextToText)
+trust = {"trust_remote_code": True} if how == "without" else {"trust_remote_code": False}
+loaded = []
+for name in names:
+    model = auto_class.from_pretrained(name, **trust)
+    processor = transformers.AutoProcessor.from_pretrained(name, **trust)
+    inputs = processor(images=Image.open(photo), text="There is a big", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    text = processor.batch_decode(tokens, skip_special_tokens=True)[0]
+    loaded.append([type(model).__module__.split(".")[0], text])
+print(json.dumps(loaded))
+"""
+
+
+def load(hub, home, photo, how, *names, auto_class="AutoModelForVision2Seq"):
+    command = [sys.executable, "-c", LOAD, how, photo, auto_class, *names]
+    environment = online(hub, home, token=None)
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_push_and_load_in_fresh_processes(hub, tmp_path):
+    done = push(hub, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{hub.url}/org/tiny"]
+    assert len([entry for entry in hub.entries() if "/commit/" in entry["path"]]) == 1, "one commit"
+    photo = tmp_path / "photo.png"
+    random_image(size=(224, 224)).save(photo)
+    home = tmp_path / "other-user"
+    home.mkdir()
+    own, published = load(hub, home, photo, "with", SHIPPED["mini-short"], "org/tiny")
+    assert own[0] == "nanovlm_hf"
+    assert published == own
+    ((module, text),) = load(hub, home, photo, "without", "org/tiny")
+    assert (module, text) == ("transformers_modules", own[1])
+
+
+PUSH_FROM_PYTHON = """
+import sys
+import torch, transformers
+from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
+from nanovlm_hf.hub.code import register_code
+folder, local = sys.argv[1:]
+model, processor = (one.from_pretrained(folder) for one in (NanoVLMForConditionalGeneration, NanoVLMProcessor))
+model.push_to_hub("org/tiny")
+processor.push_to_hub("org/tiny")
+model.save_pretrained(local + "/plain")
+processor.save_pretrained(local + "/plain")
+register_code()
+settings = {"push_to_hub": True, "hub_model_id": "org/trained", "report_to": []}
+arguments = transformers.TrainingArguments(local + "/trainer", **settings)
+transformers.Trainer(model, arguments, processing_class=processor).push_to_hub()
+"""
+
+
+@pytest.mark.slow
+def test_push_to_hub_and_trainer_upload_the_code(hub, tmp_path):
+    folder = SHIPPED["mini-short"]
+    done = subprocess.run(
+        [sys.executable, "-c", PUSH_FROM_PYTHON, folder, tmp_path],
+        env=online(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert not any("auto_map" in path.read_text() for path in (tmp_path / "plain").glob("*.json"))
+    photo = tmp_path / "photo.png"
+    random_image(size=(224, 224)).save(photo)
+    home = tmp_path / "other-user"
+    home.mkdir()
+    # The trainer's repository names the class of Transformers 5 alone.
+    names, auto_class = ("org/tiny", "org/trained"), "AutoModelForImageTextToText"
+    pushed, trained = load(hub, home, photo, "without", *names, auto_class=auto_class)
+    assert pushed[0] == "transformers_modules"
+    assert trained == pushed
+
+
+@pytest.mark.slow
+def test_the_example_of_a_card_runs_without_the_package(hub, tmp_path):
+    done = push(hub, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    home = tmp_path / "other-user"
+    home.mkdir()
+    random_image(size=(224, 224)).save(home / "photo.jpg")
+    fetch = "import sys, huggingface_hub as hub; print(open(hub.hf_hub_download('org/tiny', 'README.md')).read())"
+    environment = online(hub, home, token=None)
+    card = subprocess.run([sys.executable, "-c", fetch], env=environment, capture_output=True, text=True, check=True)
+    example = card.stdout.split("```python\n")[1].split("```")[0]
+    block = "import sys; sys.modules['nanovlm_hf'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", block + example], env=environment, cwd=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("There is a big")
+    assert "If its repository includes the code" not in card.stdout
+
+
+@pytest.mark.slow
+def test_a_broken_network_publishes_nothing_and_a_second_try_everything(tmp_path):
+    with serve("hub_server.py", tmp_path / "hub", "--drop-uploads", "1000") as hub:
+        done = push(hub, tmp_path / "home")
+        assert done.returncode == 1
+        assert "org/tiny: the Hub cannot be reached" in done.stderr.splitlines()[-1]
+        assert not any("/commit/" in entry["path"] for entry in hub.entries())
+    with serve("hub_server.py", tmp_path / "again", "--drop-uploads", "1") as hub:
+        done = push(hub, tmp_path / "home")
+        if done.returncode:  # only one of the supported versions of huggingface_hub retries by itself
+            done = push(hub, tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_repository_of_another_model_is_unchanged(hub, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    transformers.BertConfig().save_pretrained(folder)
+    script = "import sys, huggingface_hub as hub; api = hub.HfApi(); api.create_repo('org/tiny', exist_ok=True); "
+    script += "api.upload_folder(repo_id='org/tiny', folder_path=sys.argv[1])"
+    command = [sys.executable, "-c", script, folder]
+    subprocess.run(command, env=online(hub, tmp_path / "home"), check=True, timeout=600)
+    before = len([entry for entry in hub.entries() if "/commit/" in entry["path"]])
+    done = push(hub, tmp_path / "home")
+    assert done.returncode == 1
+    assert "org/tiny: it already holds a model of type 'bert': choose another repository" in done.stderr
+    assert len([entry for entry in hub.entries() if "/commit/" in entry["path"]]) == before
+
+
+@pytest.mark.slow
+def test_refused_tokens_and_one_that_the_server_repeats(hub, tmp_path):
+    """Tokens of the environment, and then one of a file, as `hf auth login` writes it."""
+    echo = "echo-0123456789"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text(echo)
+    wrong, reader, *echoes = run_commands(
+        hub, tmp_path / "home", *((token, PUSH) for token in ("hf_wrong", "hf_read", echo, None))
+    )
+    assert "org/tiny: the Hub does not accept the token (401)" in only_line(wrong.stderr.splitlines())
+    assert "org/tiny: the token may not write there (403)" in only_line(reader.stderr.splitlines())
+    for done in echoes:
+        assert "org/tiny: the Hub refuses it (" in only_line(done.stderr.splitlines())
+        assert echo not in done.stdout + done.stderr
+    assert {done.returncode for done in (wrong, reader, *echoes)} == {1}
+
+
+REFUSE = r"""
+import sys, huggingface_hub as hub
+from nanovlm_hf import InputError
+from nanovlm_hf.hub.auth import hub_errors
+from nanovlm_hf.hub.models import _check_same_model_type
+contents = [b"{", b"[]", b"", b"\xff", b"5", b'{"a": "' + b"a" * 2_000_000 + b'"}', b'{"model_type": ["bert"]}', b"{}"]
+api = hub.HfApi()
+for number, content in enumerate(contents):
+    api.create_repo(f"org/tiny{number}")
+    api.upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id=f"org/tiny{number}")
+    try:
+        with hub_errors(f"org/tiny{number}"):
+            _check_same_model_type(api, f"org/tiny{number}")
+        print("accepted")
+    except InputError as error:
+        print(len(str(error).splitlines()), error)
+"""
+
+
+@pytest.mark.slow
+def test_a_repository_with_an_invalid_config_is_unchanged(hub, tmp_path):
+    command, environment = [sys.executable, "-c", REFUSE], online(hub, tmp_path / "home")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8, done.stderr
+    for number, line in enumerate(lines):
+        problem = "it already holds a model of type" if number > 5 else "its config.json is not that of a model"
+        assert line.startswith(f"1 org/tiny{number}: {problem}")
+    assert not [entry for entry in hub.entries() if entry["method"] == "GET" and "tiny5/resolve" in entry["path"]]
+
+
+def test_a_missing_token_is_a_usage_error(run, monkeypatch):
+    monkeypatch.setattr("nanovlm_hf.hub.auth.get_token", lambda: None)
+    code, _, errors = run("push", "mini-short", "org/tiny")
+    assert code == 2
+    assert only_line(errors) == "nanovlm: no Hub token: run `hf auth login`, or set HF_TOKEN"
+
+
+@pytest.fixture
+def staged(tmp_path):
+    def stage(checkpoint="mini-short", code=True):
+        stage_checkpoint(str(checkpoint), "org/tiny", tmp_path / "stage", code)
+        return tmp_path / "stage"
+
+    return stage
+
+
+def test_card_metadata_state_the_metrics(staged):
+    folder = staged()
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.license
+    assert card.data.model_name == "tiny"
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {result.metric_type: result.metric_value for result in eval_results(SHIPPED["mini-short"])}
+    assert {name: results[name] for name in METRICS_OF_TRAINING} == {
+        name: round(METRICS[name], 4) for name in METRICS_OF_TRAINING
+    }
+    assert card.data.datasets == ["org/ShortDesc"]
+    assert 'folder = "org/tiny"' in card.text
+    assert "SHIPPED" not in card.text.split("folder = ")[1].splitlines()[0]
+
+
+def test_weights_are_published_unchanged(staged):
+    before = {path.name: path.read_bytes() for path in SHIPPED["mini-short"].iterdir() if path.is_file()}
+    folder = staged()
+    assert (folder / "model.safetensors").read_bytes() == before["model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_nanovlm.")
+    assert {name: value for name, value in config.items() if name != "auto_map"} == json.loads(before["config.json"])
+    assert len(list(folder.glob("*.py"))) == 8
+    assert {path.name: path.read_bytes() for path in SHIPPED["mini-short"].iterdir() if path.is_file()} == before
+
+
+def test_without_code(staged):
+    folder = staged(code=False)
+    assert not list(folder.glob("*.py"))
+    assert not any("auto_map" in path.read_text() for path in folder.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda folder: (folder / "README.md").unlink(), "README.md is missing"),
+        (lambda folder: (folder / "metrics.json").unlink(), "metrics.json is missing"),
+        (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no number eval_loss"),
+        (
+            lambda folder: (folder / "metrics.json").write_text(json.dumps(METRICS | {"eval_loss": 1.0})),
+            "README.md does not state that eval_loss is 1.0",
+        ),
+    ],
+)
+def test_incomplete_checkpoints_are_refused(run, tmp_path, change, problem):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(SHIPPED["mini-short"], folder)
+    change(folder)
+    code, _, errors = run("push", folder, "org/tiny", "--dry-run")
+    assert code == 1
+    assert problem in only_line(errors)
+
+
+def test_dry_run_and_invalid_names(run, tmp_path):
+    code, lines, _ = run("push", "mini-short", "org/tiny", "--dry-run")
+    assert code == 0
+    assert {line.split()[-1] for line in lines[:-1]} >= {
+        "model.safetensors",
+        "README.md",
+        "modeling_nanovlm.py",
+        "loss.png",
+    }
+    assert lines[-1].endswith("/org/tiny")
+    for name in ("tiny", "org/ti ny", "a/b/c"):
+        assert run("push", "mini-short", name, "--dry-run")[0] == 2
+    assert run("push", "nothing", "org/tiny", "--dry-run")[0] == 1

@@ -1,0 +1,292 @@
+"""Which files of a folder `nanovlm push` publishes, and which it refuses."""
+
+import itertools
+import json
+import os
+import shutil
+
+import pytest
+
+from nanovlm_hf.errors import holds_secret
+from nanovlm_hf.hub.model_metadata import METRICS
+from nanovlm_hf.hub.staging import stage_checkpoint, stage_space
+
+from helpers.models import tiny_model, tiny_processor
+from helpers.output import only_line
+
+TOKEN = "hf_" + "aB3" * 11 + "x"
+CARD = """---
+library_name: transformers
+datasets: ShortDesc
+model-index:
+- name: tiny
+  results:
+  - task: {type: image-text-to-text}
+    dataset: {name: "validation photos, see the card", type: nanovlm_hf, split: validation}
+    metrics:
+    - {type: eval_loss, value: 2.5}
+    - {type: eval_loss_wrong_photo, value: 2.75}
+    - {type: grounding_gap, value: 0.25}
+---
+
+# tiny
+
+folder = "somewhere"
+
+| 2.500 | 2.750 | 0.250 |
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_checkpoint(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(folder)
+    tiny_processor(tokenizer).save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    metrics = dict(zip(METRICS, (2.5, 2.75, 0.25), strict=True))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1} | metrics) + "\n")
+    (folder / "training_args.yaml").write_text("name: tiny\n")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(whole_checkpoint, tmp_path):
+    """A folder of a tiny model that can be published."""
+    return shutil.copytree(whole_checkpoint, tmp_path / "tiny")
+
+
+def dry_run(run, folder):
+    return run("push", folder, "org/tiny", "--dry-run", "--without-code")
+
+
+def test_only_the_files_of_a_checkpoint_are_published(run, checkpoint, tmp_path):
+    own = {path.name for path in checkpoint.iterdir()}
+    for name in (".env", "optimizer.pkl", "pytorch_model.bin", "scheduler.pt", "try.ipynb", "evil.py", "a.safetensors"):
+        (checkpoint / name).write_text("secret")
+    (checkpoint / "states").mkdir()
+    (checkpoint / "link.txt").symlink_to("/etc/passwd")
+    os.mkfifo(checkpoint / "adapter_config.json")
+    code, lines, errors = dry_run(run, checkpoint)
+    assert code == 0
+    assert {line.split()[-1] for line in lines[:-1]} == own
+    assert only_line(errors).startswith("nanovlm: not published: .env, a.safetensors, adapter_config.json, ")
+    assert "states/" in errors[0]
+    skipped = stage_checkpoint(str(checkpoint), "org/tiny", tmp_path / "stage")
+    staged = {path.name for path in (tmp_path / "stage").iterdir()}
+    assert staged - own == {path.name for path in (tmp_path / "stage").glob("*.py")} > {"modeling_nanovlm.py"}
+    assert "evil.py" in skipped
+    assert not any(path.is_symlink() for path in (tmp_path / "stage").iterdir())
+
+
+def link(target, name="README.md"):
+    def make(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+
+    return make
+
+
+def write(name, text, mode="a"):
+    def change(folder):
+        with (folder / name).open(mode) as file:
+            file.write(text)
+
+    return change
+
+
+def replace_by_pipe(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+def note_in_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt", "key": TOKEN})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (link("/etc/passwd"), "README.md: a link out of this folder"),
+        (link("../outside"), "README.md: a link out of this folder"),
+        (link(".env"), "README.md: a link out of this folder"),
+        (link("/dev/zero", "loss.png"), "loss.png: not a regular file"),
+        (link("nowhere", "evaluation.json"), "evaluation.json: cannot be read"),
+        (link("evaluation.json", "evaluation.json"), "evaluation.json: cannot be read"),
+        (replace_by_pipe, "config.json: not a regular file"),
+        (write("training_args.yaml", f"token: {TOKEN}\n"), "training_args.yaml: it contains a token, key or password"),
+        (write("README.md", "OPENAI_API_KEY=sk-abcdefghijklmnop\n"), "README.md: it contains a token, key or password"),
+        (write("metrics.jsonl", '{"note": "https://me:pass@example.org/"}\n'), "metrics.jsonl: it contains a token"),
+        (write("tokenizer.json", TOKEN), "tokenizer.json: it contains a token"),
+        (note_in_weights, "model.safetensors: it contains a token"),
+        (
+            write("training_args.yaml", "dataset: /home/someone/data\n"),
+            "training_args.yaml: it contains the path of a home",
+        ),
+        (
+            write("README.md", "see file:///Users/someone/notes\n"),
+            "README.md: it contains the path of a home",
+        ),
+        (
+            write("metrics.jsonl", '{"a": "C:\\\\Users\\\\me"}\n'),
+            "metrics.jsonl: it contains the path of a home",
+        ),
+        (write("loss.png", "text"), "loss.png: not a PNG image"),
+        (lambda folder: (folder / "README.md").write_bytes(b"---\n\xff\n---\n"), "README.md: not UTF-8 text"),
+        (write("metrics.jsonl", "{"), "metrics.jsonl: line 2: not JSON"),
+    ],
+)
+def test_private_and_foreign_files_are_refused_in_one_line(run, checkpoint, change, problem):
+    (checkpoint.parent / "outside").write_text("secret")
+    (checkpoint / ".env").write_text("secret")
+    change(checkpoint)
+    code, lines, errors = dry_run(run, checkpoint)
+    assert (code, lines) == (1, [])
+    assert problem in only_line(errors)
+    assert TOKEN not in errors[0]
+
+
+def test_the_current_token_is_found_whatever_its_form(run, checkpoint, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-very-private-word")
+    write("README.md", "a-very-private-word")(checkpoint)
+    assert "it contains a token" in only_line(dry_run(run, checkpoint)[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("from huggingface_hub import hf_hub_download", False),
+        ("HF_HUB_OFFLINE=1 HF_TOKEN=... hf_transfer nanovlm_hf", False),
+        ("send it as a Bearer authentication header; git+ssh://git@github.com/a/b", False),
+        ("a risk-averse, task-oriented person", False),
+        ("Authorization: Bearer abc123.def456", True),
+        (f"'{TOKEN}'", True),
+        ("hf_" + "a" * 34, True),
+    ],
+)
+def test_secrets_are_distinguished_from_code_about_them(text, secret):
+    assert holds_secret(text) is secret
+
+
+def test_a_snapshot_of_the_hubs_cache_can_be_published(run, checkpoint, tmp_path, monkeypatch):
+    """Its files are links to blobs that are named by their hash."""
+    for cache, place in ((tmp_path / "elsewhere", "snapshots/0a1b"), (tmp_path / "cache", "../../folder")):
+        monkeypatch.setattr("nanovlm_hf.hub.publishable.HF_HUB_CACHE", str(tmp_path / "cache"))
+        repository = cache / "models--org--tiny"
+        snapshot = (repository / place).resolve()
+        (repository / "blobs").mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for number, path in enumerate(sorted(checkpoint.iterdir())):
+            shutil.copyfile(path, repository / "blobs" / str(number))
+            (snapshot / path.name).symlink_to(repository / "blobs" / str(number))
+        code, lines, errors = dry_run(run, snapshot)
+        assert (code, errors) == (0, [])
+        assert len(lines) == len(list(checkpoint.iterdir())) + 1
+
+
+METADATA = CARD.split("---\n")[1]
+BOMB = "a: &a [1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in itertools.pairwise("abcdefghi")
+)
+RESULTS = METADATA[METADATA.index("model-index") :]
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "# tiny\n",
+        "---\n---\n",
+        "---\nlicense: mit\n",
+        "---\n- a\n- b\n---\n",
+        "---\njust text\n---\n",
+        "---\na: [\n---\n",
+        "---\na: 1\na: 2\n---\n",
+        f"---\n{'[' * 5000}\n---\n",
+        f"---\n{'{' * 100_000}\n---\n",
+        f"---\na: {'9' * 5000}\n---\n",
+        f"---\n{BOMB}---\n",
+        "---\n" + "a" * 300_000 + ": 1\n---\n",
+        "---\na: !!python/object/apply:os.system [id]\n---\n",
+        CARD.replace("datasets: ShortDesc", "datasets: 5"),
+        CARD.replace("datasets: ShortDesc", "datasets: [{a: 1}]"),
+        CARD.replace(RESULTS, "model-index: 5\n"),
+        CARD.replace(RESULTS, "model-index: []\n"),
+        CARD.replace(RESULTS, "model-index: [5]\n"),
+        CARD.replace(RESULTS, "model-index: [{name: tiny}]\n"),
+        CARD.replace(RESULTS, "model-index: [{name: [1], results: 5}]\n"),
+        CARD.replace("{type: eval_loss, value: 2.5}", "{type: [eval_loss], value: 2.5}"),
+        CARD.replace("{type: eval_loss, value: 2.5}", "{type: eval_loss, value: {a: 2.5}}"),
+        CARD.replace("{type: eval_loss, value: 2.5}", "eval_loss"),
+        CARD.replace("task: {type: image-text-to-text}", "task: 3"),
+        CARD.replace("| 2.500", "| 2.400"),
+    ],
+)
+def test_a_damaged_card_is_refused_in_one_line(run, checkpoint, card):
+    (checkpoint / "README.md").write_text(card)
+    code, lines, errors = dry_run(run, checkpoint)
+    assert (code, lines) == (1, [])
+    assert "README.md" in only_line(errors)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "5", "null", '"text"', "{}", "[" * 100_000, "{'a': 1}"),
+        '{"eval_loss": "2.5"}',
+        '{"eval_loss": NaN}',
+        '{"eval_loss": true}',
+        '{"eval_loss": {"mean": 2.5}}',
+        '{"eval_loss": 1e999}',
+        '{"eval_loss": ' + "9" * 400 + "}",
+        '{"eval_loss": ' + "9" * 5000 + "}",
+        '{"eval_loss": 2.5, "eval_loss_wrong_photo": 2.75, "grounding_gap": 0.25, "words": [NaN]}',
+        '{"eval_loss": 2.5, "eval_loss_wrong_photo": 2.75, "grounding_gap": [0.25]}',
+    ],
+)
+@pytest.mark.parametrize("name", ["metrics.json", "evaluation.json"])
+def test_damaged_metrics_are_refused_in_one_line(run, checkpoint, name, content):
+    (checkpoint / name).write_text(content)
+    code, lines, errors = dry_run(run, checkpoint)
+    assert (code, lines) == (1, [])
+    assert name in only_line(errors)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/", "tiny", "org/", "/tiny", "a/b/c", "../../etc", "org/tiny.git", "org/a--b", "org/ti\nny", "org/tiny\n"],
+)
+def test_invalid_repository_names_are_usage_errors(run, name):
+    assert run("push", "mini-short", name, "--dry-run")[0] == 2
+    assert run("push", "mini-short", "órg/tiny", "--dry-run")[0] == 2
+    assert run("push", "mini-short", f"org/{'a' * 200}", "--dry-run")[0] == 2
+
+
+def test_a_space_holds_only_the_app_the_package_and_its_checkpoints(tmp_path, monkeypatch):
+    from nanovlm_hf.checkpoints import SHIPPED
+    from nanovlm_hf.hub import staging
+
+    package = shutil.copytree(staging.PACKAGE, tmp_path / "nanovlm_hf", ignore=shutil.ignore_patterns("mini-*"))
+    own = {path.relative_to(package) for path in package.rglob("*.py")}
+    for name in (".env", "data/.env", "checkpoints/mine/model.safetensors", "data/images.tar", "__pycache__/a.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("stray")
+    (package / "outside.py").symlink_to("/etc/passwd")
+    shipped = shutil.copytree(SHIPPED["mini-short"], package / "checkpoints" / "mini-short")
+    (shipped / "optimizer.pkl").write_text("stray")
+    monkeypatch.setattr(staging, "PACKAGE", package)
+    monkeypatch.setattr(staging, "SHIPPED", {"mini-short": shipped})
+    stage_space(tmp_path / "space")
+    staged = {path.relative_to(tmp_path / "space") for path in (tmp_path / "space").rglob("*") if path.is_file()}
+    inside = {path.relative_to("nanovlm_hf") for path in staged if path.parts[0] == "nanovlm_hf"}
+    assert {path for path in inside if path.suffix == ".py"} == own
+    assert {path.name for path in inside if "mini-short" in path.parts} == {
+        path.name for path in SHIPPED["mini-short"].iterdir()
+    }
+    assert "stray" not in "".join(path.read_text(errors="replace") for path in (tmp_path / "space").rglob(".env"))
+    for suffix in (".pkl", ".tar", ".pyc"):
+        assert not [path for path in staged if path.suffix == suffix]
+    assert not [path for path in staged if path.name in (".env", "outside.py") or "mine" in path.parts]
+    assert {path.name for path in staged if len(path.parts) == 1} == {"README.md", "app.py", "requirements.txt"}
