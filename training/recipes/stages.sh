@@ -17,6 +17,6 @@ stage() {
     local name=$1 config=$2
     shift 2
     echo "== $name"
-    "${launcher[@]}" "$here/train.py" --config "$here/configs/$config.yaml" --dataset "$data" --output_dir "$out/$name" \
+    "${launcher[@]}" "$here/train.py" --config "$config" --dataset "$data" --output_dir "$out/$name" \
         --resume auto "$@"
 }
