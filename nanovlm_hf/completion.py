@@ -46,7 +46,7 @@ def complete(
     Raises:
         InputError: if the prefix contains `<image>` or does not fit the model's positions.
     """
-    max_new_tokens = _room(model.config, processor, prefix, max_new_tokens)
+    max_new_tokens = fit_new_tokens(model.config, processor, prefix, max_new_tokens)
     pending = find_images([Path(path) for path in images])
     for start in range(0, len(pending), BATCH_SIZE):
         batch = pending[start : start + BATCH_SIZE]
@@ -101,7 +101,7 @@ def stream(
     Raises:
         InputError: as `complete`.
     """
-    room = _room(model.config, processor, prefix, None)
+    room = fit_new_tokens(model.config, processor, prefix, None)
     inputs = processor(images=image, text=prefix, return_tensors="pt").to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = prefix.rstrip()
@@ -149,8 +149,12 @@ def finite_logits() -> LogitsProcessorList:
     return LogitsProcessorList([_FiniteLogits()])
 
 
-def _room(config: NanoVLMConfig, processor: NanoVLMProcessor, prefix: str, max_new_tokens: int | None) -> int:
-    """Return how many tokens may follow the prefix."""
+def fit_new_tokens(config: NanoVLMConfig, processor: NanoVLMProcessor, prefix: str, max_new_tokens: int | None) -> int:
+    """Return how many tokens may follow the prefix: `max_new_tokens`, or as many as fit, up to 96.
+
+    Raises:
+        InputError: if the prefix contains `<image>`, or the tokens do not fit the model's positions.
+    """
     if processor.image_token in prefix:
         raise InputError(f"prefix: {processor.image_token} stands for the image and must not be part of the text")
     used = processor.image_seq_length + len(processor(text=prefix)["input_ids"][0])

@@ -12,6 +12,7 @@ EXTRAS = {
     "eval": ("krippendorff", "lemminflect", "matplotlib", "scipy"),
     "demo": ("gradio",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "serve": ("fastapi", "uvicorn"),
 }
 
 
@@ -19,7 +20,7 @@ def require(extra: str, command: str) -> None:
     """Raise an error before any work is done if a package of an extra is not installed.
 
     Args:
-        extra: `data`, `eval`, `demo` or `onnx`.
+        extra: `data`, `eval`, `demo`, `onnx` or `serve`.
         command: that needs it, for the message.
 
     Raises:

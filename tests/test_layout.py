@@ -83,6 +83,7 @@ COMMANDS = {
     ],
     "demo": ["demo"],
     "onnx": ["export --out x mini-short"],
+    "serve": ["serve"],
 }
 
 

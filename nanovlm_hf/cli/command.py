@@ -19,6 +19,7 @@ from .demo import demo
 from .export import export
 from .info import info
 from .push import push
+from .serve import serve
 
 INTERRUPTED = 130
 
@@ -28,6 +29,7 @@ app.command()(info)
 app.command()(push)
 app.command()(export)
 app.command()(demo)
+app.command()(serve)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
 
