@@ -4,12 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import transformers
 from huggingface_hub import ModelCard
 
 from nanovlm_hf.checkpoints import SHIPPED
+from nanovlm_hf.completion import load_model
+from nanovlm_hf.export.runtime import OnnxModel
 from nanovlm_hf.hub.model_metadata import eval_results
 from nanovlm_hf.hub.staging import stage_checkpoint
 
@@ -139,7 +142,30 @@ def test_the_example_of_a_card_runs_without_the_package(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_broken_network_publishes_nothing_and_a_second_try_everything(tmp_path):
+def test_onnx_is_pushed_beside_the_weights(hub, tmp_path):
+    (done,) = run_commands(hub, tmp_path / "home", ("hf_write", [*PUSH, "--onnx"]))
+    assert done.returncode == 0, done.stderr
+    fetch = "import huggingface_hub as hub; print(hub.snapshot_download('org/tiny'))"
+    environment = online(hub, tmp_path / "other-user", token=None)
+    found = subprocess.run([sys.executable, "-c", fetch], env=environment, capture_output=True, text=True, check=True)
+    folder = Path(found.stdout.splitlines()[-1])
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    assert {"onnx", "transformers.js"} <= set(card.data.tags)
+    assert "const repo = 'org/tiny';" in card.text.split("### In JavaScript")[1].split("## Intended uses")[0]
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "nanovlm_hf"
+    # With the configuration of `onnx/`, as transformers.js takes it, the repository is an exported folder.
+    exported = tmp_path / "exported"
+    shutil.copytree(folder, exported)
+    shutil.copyfile(folder / "onnx" / "config.json", exported / "config.json")
+    image = random_image(size=(224, 224))
+    model, processor = load_model("mini-short")
+    inputs = processor(images=image, text="There is a big", return_tensors="pt")
+    expected = processor.batch_decode(model.generate(**inputs, num_beams=1), skip_special_tokens=True)[0]
+    assert OnnxModel(exported).complete(image, "There is a big") == expected
+
+
+@pytest.mark.slow
+def test_a_broken_publishes_nothing_and_a_second_try_everything(tmp_path):
     with serve("hub_server.py", tmp_path / "hub", "--drop-uploads", "1000") as hub:
         done = push(hub, tmp_path / "home")
         assert done.returncode == 1

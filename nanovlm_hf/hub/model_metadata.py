@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,12 @@ def _number(content: Any, keys: tuple[str, ...]) -> float | None:
     return content if is_number and abs(content) < MAX_METRIC else None
 
 
-def hub_card(source: Path, repo_id: str, code: bool = True) -> str:
+def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) -> str:
     """Return a checkpoint's card with the repository's name in its example and metadata.
 
     Args:
         code: whether the repository holds the code; the example then runs without this package.
+        onnx: whether it holds an export to `onnx/`; the card then has an example in JavaScript.
 
     Raises:
         InputError: if the card is not a model card, or does not state the metrics of the checkpoint's files.
@@ -125,6 +127,12 @@ def hub_card(source: Path, repo_id: str, code: bool = True) -> str:
         card.text = re.sub(
             r"^If its repository includes the code [^\0]*?\n\n", "", card.text, count=1, flags=re.MULTILINE
         )
+    if onnx:
+        tags = validate(card.data.tags, list[str] | None, f"{where}: tags") or []
+        card.data.tags = [*tags, *(tag for tag in ("onnx", "transformers.js") if tag not in tags)]
+        example = files("nanovlm_hf.hub_cards").joinpath("model_card_onnx.md").read_text(encoding="utf-8")
+        before, heading, after = card.text.partition("\n## Intended uses")
+        card.text = f"{before}\n{example.replace('REPO_ID', repo_id).rstrip()}\n{heading}{after}"
     try:
         return str(card)
     except Exception as error:

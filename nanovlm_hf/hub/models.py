@@ -20,7 +20,13 @@ MAX_CONFIG = 1_000_000  # bytes of a config.json
 
 
 def push_checkpoint(
-    checkpoint: str, repo_id: str, *, code: bool = True, private: bool = False, dry_run: bool = False
+    checkpoint: str,
+    repo_id: str,
+    *,
+    code: bool = True,
+    onnx: bool = False,
+    private: bool = False,
+    dry_run: bool = False,
 ) -> tuple[str, list[tuple[str, int]]]:
     """Upload a checkpoint as a model repository, in one commit.
 
@@ -30,6 +36,7 @@ def push_checkpoint(
         checkpoint: short name, or folder with `README.md` and `metrics.json`.
         repo_id: `namespace/name`.
         code: whether to add the Python files and the `auto_map` with which it loads without this package.
+        onnx: whether to export it to `onnx/` as well, for onnxruntime and transformers.js.
         private: whether a new repository is private.
         dry_run: whether to stop before any request to the Hub.
 
@@ -44,10 +51,11 @@ def push_checkpoint(
     api = _hub(repo_id, dry_run)
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name) / "checkpoint"
-        skipped = stage_checkpoint(checkpoint, repo_id, stage, code)
+        skipped = stage_checkpoint(checkpoint, repo_id, stage, code, onnx)
         if skipped:
             warn(skipped_line(skipped))
-        staged = [(path.name, path.stat().st_size) for path in sorted(stage.iterdir())]
+        paths = sorted(path for path in stage.rglob("*") if path.is_file())
+        staged = [(path.relative_to(stage).as_posix(), path.stat().st_size) for path in paths]
         if not dry_run:
             with hub_errors(repo_id):
                 _check_same_model_type(api, repo_id)
@@ -56,7 +64,7 @@ def push_checkpoint(
                     repo_id=repo_id,
                     folder_path=stage,
                     # Files of an earlier upload that this one does not have.
-                    delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py"],
+                    delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py", "onnx/*"],
                     commit_message=f"Upload {Path(checkpoint).name}",
                 )
     return f"{api.endpoint}/{repo_id}", staged

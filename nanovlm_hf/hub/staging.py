@@ -21,7 +21,7 @@ PACKAGE_FILES = ("**/*.py", "data/prompts/*.txt", "evaluation/assets/*.*", "eval
 WITH_AUTO_MAP = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 
 
-def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = True) -> list[str]:
+def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = True, onnx: bool = False) -> list[str]:
     """Write a checkpoint's folder as it will be on the Hub.
 
     Args:
@@ -29,6 +29,7 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
         repo_id: `namespace/name`, for the example in the card.
         folder: folder to write.
         code: whether to add the Python files and the `auto_map` with which it loads without this package.
+        onnx: whether to export it to `onnx/` as well, for onnxruntime and transformers.js.
 
     Returns:
         The names in the checkpoint's folder that are not published.
@@ -48,7 +49,7 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
             raise InputError(
                 f"{checkpoint}: {name} is missing: training writes it, and `python -m nanovlm_hf.training.export`"
             )
-    card = hub_card(source, repo_id, code)
+    card = hub_card(source, repo_id, code, onnx)
     if "metrics.jsonl" in chosen:
         list(read_jsonl(source / "metrics.jsonl"))  # raises if a line is not JSON
     # The files are published unchanged, as saving them again could change the precision of the weights.
@@ -57,6 +58,8 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
         link_or_copy(path, folder / name)
     try:
         model, processor = load_model(str(folder))  # it has to load without the files that are not published
+        if onnx:
+            _add_onnx(folder)
         if code:
             _add_code(model, processor, folder)
     except InputError as error:
@@ -66,6 +69,17 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
     (folder / "README.md").unlink()  # it may be a hard link to the checkpoint's own
     (folder / "README.md").write_text(card, encoding="utf-8")
     return skipped
+
+
+def _add_onnx(folder: Path) -> None:
+    """Export a staged checkpoint to its `onnx/`, with the `config.json` that transformers.js needs."""
+    from ..export.onnx import export_onnx
+
+    with tempfile.TemporaryDirectory() as name:
+        exported = Path(name)
+        export_onnx(str(folder), exported)
+        shutil.copytree(exported / "onnx", folder / "onnx")
+        shutil.copyfile(exported / "config.json", folder / "onnx" / "config.json")
 
 
 def _add_code(model: Any, processor: Any, folder: Path) -> None:
