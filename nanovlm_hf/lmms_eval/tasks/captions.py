@@ -1,7 +1,7 @@
 """Captions from their beginning, for lmms-eval: prompts, and scores against human captions by pycocoevalcap.
 
 The prompt is the beginning of one human caption of an image, since a NanoVLM follows no instructions. The whole
-sentence is scored against the image's other captions, so the words that were given count only where others use them too.
+sentence is scored against the image's other captions, so the given words count only where others use them too.
 """
 
 from __future__ import annotations
