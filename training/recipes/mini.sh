@@ -8,13 +8,4 @@ set -euo pipefail
 source "$(dirname "$0")/stages.sh"
 
 stage mini_vision mini_vision
-before=mini_vision
-if [ ${#texts[@]} -gt 0 ]; then
-    stage mini_decoder mini_decoder --init_from "$out/mini_vision/last" --texts short long captions "${texts[@]}"
-    before=mini_decoder
-fi
-stage mini_texts mini_texts --init_from "$out/$before/last"
-for variant in short long; do
-    stage mini_$variant mini_$variant --init_from "$out/mini_texts/last" --seed 1 \
-        --num_train_epochs 1 --learning_rate 1.5e-3 --muon_learning_rate 1.5e-3
-done
+texts_and_variants mini
