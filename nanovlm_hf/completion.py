@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
 
 from .completion_files import Completion, find_images
 from .configuration_nanovlm import NanoVLMConfig
@@ -20,6 +20,7 @@ from .modeling_nanovlm import NanoVLMForConditionalGeneration
 from .processing_nanovlm import NanoVLMProcessor
 
 BATCH_SIZE = 16
+GREEDY_REPETITION_PENALTY = 1.2
 DEFAULT_NEW_TOKENS = 96  # a LongDesc has 75 tokens on average and 88 at most
 
 
@@ -59,6 +60,8 @@ def complete(
                     one.error = str(error)
         if opened:
             settings = {"max_new_tokens": max_new_tokens, **generation}
+            if generation.get("num_beams") == 1:
+                settings = greedy_settings(model.generation_config) | settings
             texts = iter(_generate(model, processor, opened, prefix, seed, settings))
             blanks = iter(())
             if blind:
@@ -106,13 +109,27 @@ def stream(
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = prefix.rstrip()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        settings = {"max_new_tokens": room, "num_beams": 1, "streamer": streamer, "logits_processor": finite_logits()}
+        settings = {"max_new_tokens": room, "streamer": streamer, "logits_processor": finite_logits()}
+        settings |= greedy_settings(model.generation_config)
         generation = pool.submit(model.generate, **inputs, **settings)
         generation.add_done_callback(lambda _: streamer.end())  # also after an error, or the loop below would never end
         for word in streamer:
             text += word
             yield completion_line(text)
         generation.result()
+
+
+def greedy_settings(config: GenerationConfig) -> dict[str, Any]:
+    """Return the arguments of `generate` that replace beam search where it is impossible, such as in a stream.
+
+    Greedy search repeats itself more than beam search does, and blocking n-grams is not enough to prevent it.
+
+    Args:
+        config: of the checkpoint; if it does not ask for beams, it is not changed.
+    """
+    if config.num_beams in (None, 1):
+        return {}
+    return {"num_beams": 1, "no_repeat_ngram_size": 0, "repetition_penalty": GREEDY_REPETITION_PENALTY}
 
 
 @torch.no_grad()
@@ -177,6 +194,8 @@ __all__ = [
     "complete",
     "find_images",
     "finite_logits",
+    "fit_new_tokens",
+    "greedy_settings",
     "load_config",
     "load_model",
     "stream",

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
-from .completion import fit_new_tokens
+from .completion import fit_new_tokens, greedy_settings
 from .errors import InputError, first_line
 from .files import parse_json, validate
 from .images import open_image_file
@@ -113,10 +113,13 @@ class _Handler(ChatCompletionHandler):
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
         config = super()._build_generation_config(body, model_generation_config, use_cb)
-        if body.get("temperature") or body.get("top_p"):
-            config.do_sample = True
-        if body.get("stream") or config.do_sample:
-            config.num_beams = 1
+        temperature = body.get("temperature")
+        config.do_sample = body.get("top_p", 1) < 1 if temperature is None else temperature > 0
+        if config.do_sample or body.get("stream"):
+            greedy = greedy_settings(config)
+            if "frequency_penalty" in body:
+                greedy.pop("repetition_penalty", None)
+            config.update(**greedy)
         return config
 
 

@@ -123,7 +123,9 @@ def test_texts_equal_pytorchs(context, address, images, variant):
     page.get_by_role("radio", name=variant).check()
     page.locator("#complete:enabled").wait_for()
     for image in images:
-        (expected,) = completion.complete(model, processor, [image], "There is a", blind=True, num_beams=1)
+        (expected,) = completion.complete(
+            model, processor, [image], "There is a", blind=True, **completion.greedy_settings(model.generation_config)
+        )
         assert completed(page, image, " There is a ") == (expected.texts[0], expected.blind[0]), image.name
 
 

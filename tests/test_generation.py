@@ -2,6 +2,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
+from nanovlm_hf.completion import complete, greedy_settings, stream
+from nanovlm_hf.errors import completion_line
+
 from helpers.models import random_image
 
 NEW = 10
@@ -161,3 +164,28 @@ def test_generation_without_a_prefix(model, processor):
 def test_generation_without_an_image(model, tokenizer):
     inputs = tokenizer(["There is a big", "A"], padding=True, return_tensors="pt")
     assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + NEW
+
+
+def test_a_stream_of_a_checkpoint_with_beams_is_greedy_and_penalised(model, processor, tmp_path):
+    model.generation_config.update(num_beams=3, no_repeat_ngram_size=2)
+    greedy = greedy_settings(model.generation_config)
+    assert greedy == {"num_beams": 1, "no_repeat_ngram_size": 0, "repetition_penalty": 1.2}
+    image = random_image(1)
+    inputs = processor(images=image, text="There is", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=20, **greedy)
+    expected = completion_line(processor.batch_decode(tokens, skip_special_tokens=True)[0])
+    image.save(tmp_path / "image.png")
+    settings = {"prefix": "There is", "max_new_tokens": 20}
+    (one,) = complete(model, processor, [tmp_path / "image.png"], num_beams=1, **settings)
+    assert one.texts == [expected]
+    *_, streamed = stream(model, processor, image, "There is")
+    assert streamed[:20] == expected[:20]
+    (beams,) = complete(model, processor, [tmp_path / "image.png"], **settings)
+    tokens = model.generate(**inputs, max_new_tokens=20)
+    assert beams.texts == [completion_line(processor.batch_decode(tokens, skip_special_tokens=True)[0])]
+
+
+def test_a_checkpoint_without_beams_keeps_its_decoding(model):
+    assert greedy_settings(model.generation_config) == {}
+    model.generation_config.update(num_beams=1, repetition_penalty=1.3)
+    assert greedy_settings(model.generation_config) == {}

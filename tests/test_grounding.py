@@ -104,6 +104,9 @@ def test_a_released_model_uses_the_image_and_one_without_features_does_not(shipp
     images, texts = scenes
     features = shipped.encode(images)
     seeing = measure_grounding(shipped, features, texts, [[] for _ in texts])
+    tokens = sum(map(len, shipped.tokenize(texts)))
+    words = sum(len(text.split()) for text in texts)
+    assert seeing["nats_per_word"] == pytest.approx(seeing["eval_loss"] * tokens / words)
     assert seeing["photos"] == 16
     assert seeing["grounding_gap_low"] > 0.01
     assert seeing["retrieval"].keys() == {8}

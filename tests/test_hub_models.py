@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub import ModelCard
 
 from nanovlm_hf.checkpoints import SHIPPED
-from nanovlm_hf.completion import load_model
+from nanovlm_hf.completion import greedy_settings, load_model
 from nanovlm_hf.export.runtime import OnnxModel
 from nanovlm_hf.hub.model_metadata import eval_results
 from nanovlm_hf.hub.staging import stage_checkpoint
@@ -160,7 +160,9 @@ def test_onnx_is_pushed_beside_the_weights(hub, tmp_path):
     image = random_image(size=(224, 224))
     model, processor = load_model("mini-short")
     inputs = processor(images=image, text="There is a big", return_tensors="pt")
-    expected = processor.batch_decode(model.generate(**inputs, num_beams=1), skip_special_tokens=True)[0]
+    expected = processor.batch_decode(
+        model.generate(**inputs, **greedy_settings(model.generation_config)), skip_special_tokens=True
+    )[0]
     assert OnnxModel(exported).complete(image, "There is a big") == expected
 
 

@@ -30,18 +30,18 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: limit after the prefix; None for as many as fit.
-        num_beams: 1 is greedy search.
+        num_beams: 1 is greedy search; None for the checkpoint's, and without beams to sample.
         temperature: above 0 samples.
         num_return_sequences: completions of each image.
         seed: of sampling; None leaves it random.
         blind: also complete the prefix for a blank image.
 
     Raises:
-        UsageError: if several completions are requested from greedy search.
+        UsageError: if more completions are requested than there are beams.
     """
 
     max_new_tokens: int | None
-    num_beams: int
+    num_beams: int | None
     temperature: float
     num_return_sequences: int
     seed: int | None
@@ -49,23 +49,25 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         wanted = self.num_return_sequences
-        if wanted > 1 and self.temperature == 0 and self.num_beams < wanted:
+        if wanted > 1 and self.temperature == 0 and (self.num_beams or 1) < wanted:
             raise UsageError(
-                f"--num-return-sequences {wanted}: greedy search has one answer: add --temperature 1, or "
-                f"--num-beams {wanted}"
+                f"--num-return-sequences {wanted}: a beam has one answer: add --temperature 1, or --num-beams {wanted}"
             )
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `completion.complete`."""
-        sampling = {"temperature": self.temperature} if self.temperature > 0 else {}
+        settings: dict[str, Any] = {}
+        if self.temperature > 0:
+            settings = {"temperature": self.temperature, "num_beams": self.num_beams or 1}
+        elif self.num_beams is not None:
+            settings = {"num_beams": self.num_beams}
         return {
             "max_new_tokens": self.max_new_tokens,
             "blind": self.blind,
             "seed": self.seed,
-            "num_beams": self.num_beams,
             "num_return_sequences": self.num_return_sequences,
             "do_sample": self.temperature > 0,
-            **sampling,
+            **settings,
         }
 
 
@@ -80,7 +82,10 @@ def complete(
         int | None,
         typer.Option(min=1, help="Maximum number of tokens after the prefix.", show_default="as many as fit, up to 96"),
     ] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Number of beams; 1 is greedy search.")] = 1,
+    num_beams: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of beams; 1 is greedy search.", show_default="that of the checkpoint"),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 does not sample.")] = 0.0,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Number of completions for each image.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for sampling.", show_default="random")] = None,
@@ -120,7 +125,7 @@ def _results(model: str, paths: list[Path], prefix: str, options: GenerationOpti
     from ..export.runtime import OnnxModel, complete_files, is_exported
 
     if is_exported(Path(model)):
-        if options.num_beams > 1 or options.temperature > 0:
+        if (options.num_beams or 1) > 1 or options.temperature > 0:
             raise UsageError("--num-beams, --temperature: an exported model decodes greedily: name the checkpoint")
         return complete_files(OnnxModel(Path(model)), paths, prefix, options.max_new_tokens, options.blind)
 

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, float]] = {
     "greedy, repetition_penalty 1.3": {"repetition_penalty": 1.3},
     "4 beams": {"num_beams": 4},
     "4 beams, no_repeat_ngram_size 3": {"num_beams": 4, "no_repeat_ngram_size": 3},
+    "4 beams, no_repeat_ngram_size 4": {"num_beams": 4, "no_repeat_ngram_size": 4},
     "4 beams, repetition_penalty 1.2": {"num_beams": 4, "repetition_penalty": 1.2},
 }
 

@@ -55,7 +55,7 @@ class Generator:
         max_new_tokens: maximum length of a completion.
 
     Attributes:
-        settings: generation settings: greedy, and otherwise those of the model's generation config.
+        settings: generation settings: a baseline's are greedy, and otherwise those of its generation config.
         parameters: number of parameters.
     """
 
@@ -99,6 +99,7 @@ class NanoVLM(Generator):
 
     def __init__(self, name: str, model: Any, processor: NanoVLMProcessor, max_new_tokens: int = DEFAULT_NEW_TOKENS):
         super().__init__(name, model, processor, max_new_tokens)
+        del self.settings["num_beams"]  # as it ships
         self.settings["suppress_tokens"] = [model.config.image_token_id]
 
     def complete(self, image: Image.Image, prefix: str) -> Generated:

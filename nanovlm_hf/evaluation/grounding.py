@@ -79,11 +79,13 @@ def measure_grounding(
         captions: their human captions, so that no foil is true.
 
     Returns:
-        The result of `gap`, with `grounding_gap_low` and `_high` (95%); `retrieval`, by group size; `foils`, by kind.
+        The result of `gap`, with `grounding_gap_low` and `_high` (95%); `nats_per_word`, the loss over the words of the
+        texts, which does not depend on the tokenizer; `retrieval`, by group size; `foils`, by kind.
     """
     ids = likelihood.tokenize(texts)
     losses = losses_of(likelihood, features, ids)
     measured: dict[str, Any] = {"photos": len(texts), **gap(*losses[:3])}
+    measured["nats_per_word"] = float(losses.matched.sum() / sum(len(text.split()) for text in texts))
     for bound, sign in (("low", -1), ("high", 1)):
         measured[f"grounding_gap_{bound}"] = measured["grounding_gap"] + sign * 1.96 * measured["grounding_gap_stderr"]
     measured["retrieval"] = {size: retrieval(likelihood, features, ids, size) for size in GROUPS if size <= len(texts)}

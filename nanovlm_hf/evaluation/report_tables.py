@@ -176,6 +176,7 @@ def _grounding_table(grounding: dict[str, Any]) -> Table:
         row = [
             name,
             f"{one['eval_loss']:.3f}",
+            f"{one['nats_per_word']:.3f}",
             f"{one['eval_loss_wrong_photo']:.3f}",
             f"{one['grounding_gap']:.3f} [{one['grounding_gap_low']:.3f}, {one['grounding_gap_high']:.3f}]",
         ]
@@ -185,12 +186,14 @@ def _grounding_table(grounding: dict[str, Any]) -> Table:
             row += ["-" if found is None else interval(found[cell], percent=True) for cell in cells]
         rows.append(row)
     note = (
-        "On validation images: loss in nats per token with the matching and with a mismatched image. Their difference, "
-        "the grounding gap, is 0 for a model that ignores the image. R@1 and R@5: how often an image's own description "
-        "is the most likely of 32 or 100, or among the five most likely (by chance 3% and 16%, 1% and 5%), after "
-        "subtracting each text's mean over the images."
+        "On validation images: loss in nats per token with the matching image; the same in nats per word, which does "
+        "not depend on the tokenizer; and with a mismatched image. The difference, the grounding gap, is 0 for a model "
+        "that ignores the image. R@1 and R@5: how often an image's own description is the most likely of 32 or 100, or "
+        "among the five most likely (by chance 3% and 16%, 1% and 5%), after subtracting each text's mean over the "
+        "images."
     )
-    header = ["model", "loss", "mismatched image", "gap", "R@1 of 32", "R@5 of 32", "R@1 of 100", "R@5 of 100"]
+    header = ["model", "loss", "per word", "mismatched image", "gap"]
+    header += ["R@1 of 32", "R@5 of 32", "R@1 of 100", "R@5 of 100"]
     return Table("Grounding", note, header, rows)
 
 

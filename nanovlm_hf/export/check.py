@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..completion import greedy_settings
 from ..errors import completion_line
 from ..images import open_image_file
 from .runtime import OnnxModel
@@ -40,13 +41,14 @@ def compare_with_pytorch(
         largest absolute difference of the logits of a prompt's last token.
     """
     exported = OnnxModel(folder, dtype)
+    greedy = {"do_sample": False, "num_beams": 1} | greedy_settings(model.generation_config)
     same, largest, compared = 0, 0.0, 0
     for image in example_images():
         features = exported.encode(image)
         for prefix in PREFIXES:
             inputs = processor(images=image, text=prefix, return_tensors="pt")
             limit = min(NEW_TOKENS, exported.positions - inputs["input_ids"].shape[1])
-            tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)[0]
+            tokens = model.generate(**inputs, max_new_tokens=limit, **greedy)[0]
             text = completion_line(processor.tokenizer.decode(tokens, skip_special_tokens=True))
             prompt = inputs["input_ids"][0].tolist()
             completed = exported.generate(features, prompt, limit)

@@ -7,6 +7,7 @@ checkpoint. The decoder takes and returns its KV cache, which may be empty: one 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from ..completion import greedy_settings
 from ..errors import InputError
 from ..files import atomic_write, read_json
 from ..loading import load_model
@@ -304,7 +306,9 @@ def write_configuration(model: NanoVLMForConditionalGeneration, processor: NanoV
     with tempfile.TemporaryDirectory() as name:
         saved = Path(name)
         processor.save_pretrained(saved)
-        model.generation_config.save_pretrained(saved)
+        decoding = copy.deepcopy(model.generation_config)  # neither runtime has beam search
+        decoding.update(**greedy_settings(decoding))
+        decoding.save_pretrained(saved)
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             shutil.copyfile(saved / file, out / file)
     preprocessor = json.loads(processor.image_processor.to_json_string())

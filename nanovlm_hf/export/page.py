@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..configuration_nanovlm import NanoVLMConfig
 from ..files import link_or_copy
 from ..variants import VARIANTS
 
-SIZE = "mini"
+MODELS = tuple(f"mini-{variant}" for variant in VARIANTS)
 DTYPE = "fp16"
 EXPORTED_FROM = ("model.safetensors", "config.json", "generation_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -37,11 +38,12 @@ EXAMPLES = {
 }
 
 
-def build_page(folder: Path) -> None:
+def build_page(folder: Path, names: Sequence[str] = MODELS) -> None:
     """Write the page with its models and examples; exporting the models takes about half a minute the first time.
 
     Args:
         folder: folder to write.
+        names: of released checkpoints.
 
     Raises:
         InputError: if a checkpoint cannot be loaded.
@@ -53,7 +55,7 @@ def build_page(folder: Path) -> None:
     examples = Path(str(files("nanovlm_hf.hub_cards.space"))) / "examples"
     for path in sorted(examples.iterdir()):
         _place(path, folder / "examples" / path.name)
-    models = [_add_model(f"{SIZE}-{variant}", folder) for variant in VARIANTS]
+    models = [_add_model(name, folder) for name in names]
     listing = {
         "models": models,
         "examples": [{"file": f"examples/{name}.jpg", "prefix": prefix} for name, prefix in EXAMPLES.items()],
@@ -68,13 +70,13 @@ def _add_model(name: str, folder: Path) -> dict[str, Any]:
     for path in sorted(exported.rglob("*")):
         if path.is_file():
             _place(path, target / path.relative_to(exported))
-    variant = name.removeprefix(f"{SIZE}-")
+    size, _, variant = name.partition("-")
     return {
         "name": name,
         "folder": exported.name,  # changes with the weights, as browsers keep what is in it
         "style": variant,
         "words": "{} to {}".format(*VARIANTS[variant].requested.words),
-        "parameters": f"{NanoVLMConfig.from_preset(SIZE).parameter_counts()['total'] / 1e6:.1f}M",
+        "parameters": f"{NanoVLMConfig.from_preset(size).parameter_counts()['total'] / 1e6:.1f}M",
         "bytes": sum(path.stat().st_size for path in target.glob("onnx/*.onnx")),
     }
 

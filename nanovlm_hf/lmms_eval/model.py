@@ -10,9 +10,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from ..completion import finite_logits, load_model
-
-GENERATION = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
+from ..completion import DEFAULT_NEW_TOKENS, finite_logits, load_model
 
 
 class NanoVLM(lmms):
@@ -47,11 +45,9 @@ class NanoVLM(lmms):
     def _complete(self, batch: list[tuple[Any, ...]]) -> list[str]:
         prefixes = [prefix for prefix, *_ in batch]
         images = [self._image(*rest) for _, _, *rest in batch]
-        settings = {name: value for name, value in batch[0][1].items() if name in GENERATION}
-        if not settings.get("do_sample"):  # 0 asks for greedy decoding, and `generate` takes no such temperature
-            settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p")}
+        limit = batch[0][1].get("max_new_tokens", DEFAULT_NEW_TOKENS)  # otherwise the checkpoint's own decoding
         inputs = self.processor(images=images, text=prefixes, return_tensors="pt").to(self.model.device)
-        tokens = self.model.generate(**inputs, **settings, logits_processor=finite_logits())
+        tokens = self.model.generate(**inputs, max_new_tokens=limit, logits_processor=finite_logits())
         return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _image(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> Image.Image:
