@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from timing import median_seconds
 
 from nanovlm_hf import completion
@@ -84,9 +85,9 @@ def server(name):
     from nanovlm_hf.serving import build_app
 
     running = uvicorn.Server(uvicorn.Config(build_app(name), host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=running.run)
+    thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
-    while not running.started:
+    while not running.started and thread.is_alive():
         thread.join(0.05)
     port = running.servers[0].sockets[0].getsockname()[1]
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
@@ -121,7 +122,7 @@ def main() -> None:
         if find_spec("playwright") is not None and shutil.which("chromium") is not None:
             runtimes["Chromium, fp16"] = stack.enter_context(browser(name))
             sizes["Chromium, fp16"] = sizes["onnxruntime, fp16"]
-        if find_spec("transformers.cli") is not None:
+        if transformers.__version__.startswith("5.") and find_spec("fastapi") is not None:
             runtimes["nanovlm serve"] = stack.enter_context(server(name))
             sizes["nanovlm serve"] = weights
         texts = {runtime: [call(*item) for item in items] for runtime, call in runtimes.items()}

@@ -129,7 +129,13 @@ def greedy_settings(config: GenerationConfig) -> dict[str, Any]:
     """
     if config.num_beams in (None, 1):
         return {}
-    return {"num_beams": 1, "no_repeat_ngram_size": 0, "repetition_penalty": GREEDY_REPETITION_PENALTY}
+    return {
+        "num_beams": 1,
+        "length_penalty": 1.0,  # of beam search, as the next one: `generate` refuses them without beams
+        "early_stopping": False,
+        "no_repeat_ngram_size": 0,
+        "repetition_penalty": GREEDY_REPETITION_PENALTY,
+    }
 
 
 @torch.no_grad()

@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
+import uuid
 from typing import Annotated, Any, Literal
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
 from starlette.requests import ClientDisconnect
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
-from .completion import fit_new_tokens, greedy_settings
+from .completion import finite_logits, fit_new_tokens, greedy_settings
 from .errors import InputError, first_line
 from .files import parse_json, validate
 from .images import open_image_file
@@ -29,9 +32,13 @@ from .loading import load_model
 from .modeling_nanovlm import NanoVLMForConditionalGeneration
 from .processing_nanovlm import NanoVLMProcessor
 
-MAX_BODY = 2**25  # bytes of a request
-MAX_WAITING = 32  # requests and connections at a time; further ones are answered with 503
-MAX_MESSAGES = 64
+MAX_BODY = 2**24  # bytes of a request
+BODY_SECONDS = 60  # in which a request has to arrive
+MAX_WAITING = 32  # connections at a time, from which on new ones are answered with 503
+MAX_PARTS = 64  # messages of a request, and parts of a message
+MAX_TEXT = 10_000  # characters; the model reads about a thousand
+SHUTDOWN_SECONDS = 10  # in which running requests may finish
+LOWEST_TEMPERATURE = 0.01  # below, logits divided by it overflow
 
 
 class _Settings(BaseModel):
@@ -46,7 +53,7 @@ class _ImageURL(_Settings):
 
 class _TextPart(_Settings):
     type: Literal["text"]
-    text: str
+    text: Annotated[str, Field(max_length=MAX_TEXT)]
 
 
 class _ImagePart(_Settings):
@@ -59,7 +66,7 @@ _Part = Annotated[_TextPart | _ImagePart, Field(discriminator="type")]
 
 class _Message(_Settings):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[_Part]
+    content: Annotated[list[_Part], FailFast(), Field(max_length=MAX_PARTS)]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -71,7 +78,7 @@ class ChatRequest(_Settings):
     """The fields of a request that are used. A field that would change the reply and is not here is refused."""
 
     model: str | None = None
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[_Message], FailFast(), Field(min_length=1, max_length=MAX_PARTS)]
     stream: bool = False
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -81,7 +88,10 @@ class ChatRequest(_Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
 
-REFUSED = ("tools", "functions", "response_format", "stop", "logit_bias", "logprobs")
+REFUSED = (
+    *("tools", "functions", "response_format", "modalities", "logprobs", "top_logprobs"),
+    *("stop", "logit_bias", "presence_penalty", "repetition_penalty", "top_k", "min_p"),
+)
 
 
 class _OneModel:
@@ -90,6 +100,7 @@ class _OneModel:
     def __init__(self, name: str):
         self.force_model = name
         self.model, self.processor = load_model(name)
+        self.model.generate = functools.partial(_generate, self.model)
 
     def process_model_name(self, name: str) -> str:
         return name
@@ -103,6 +114,17 @@ class _OneModel:
         return Modality.VLM
 
 
+def _generate(
+    model: NanoVLMForConditionalGeneration, generation_config: GenerationConfig, **inputs: Any
+) -> torch.LongTensor:
+    """Generate on the thread that does so for one request after another, with the seed of this one."""
+    seed = generation_config.__dict__.pop("request_seed", None)
+    if seed is not None:
+        torch.manual_seed(seed)
+    inputs |= {"generation_config": generation_config, "logits_processor": finite_logits()}
+    return NanoVLMForConditionalGeneration.generate(model, **inputs)
+
+
 class _Handler(ChatCompletionHandler):
     """The handler of `transformers serve` for messages that `_messages` returned."""
 
@@ -112,9 +134,13 @@ class _Handler(ChatCompletionHandler):
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
-        config = super()._build_generation_config(body, model_generation_config, use_cb)
+        # The handler would set the seed at once, while another request is being generated.
+        unseeded = {name: value for name, value in body.items() if name != "seed"}
+        config = super()._build_generation_config(unseeded, model_generation_config, use_cb)
+        config.request_seed = body.get("seed")
         temperature = body.get("temperature")
-        config.do_sample = body.get("top_p", 1) < 1 if temperature is None else temperature > 0
+        if temperature is not None or "top_p" in body:
+            config.do_sample = body.get("top_p", 1) < 1 if temperature is None else temperature >= LOWEST_TEMPERATURE
         if config.do_sample or body.get("stream"):
             greedy = greedy_settings(config)
             if "frequency_penalty" in body:
@@ -134,20 +160,28 @@ def build_app(name: str) -> FastAPI:
     """
     models = _OneModel(name)
     handler = _Handler(models, GenerationState())
+    reading = asyncio.Semaphore(1)  # one request at a time, as its content may need many times its size
     app = FastAPI(title="NanoVLM", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(InputError)
     async def refuse(request: Request, error: InputError) -> JSONResponse:
         return _error(400, str(error))
 
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> JSONResponse:
+        return _error(500, f"unexpected {type(error).__name__}: the server's log has the traceback")
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        content = await _body(request)
+        try:
+            content = await asyncio.wait_for(_body(request), BODY_SECONDS)
+        except TimeoutError:
+            return _error(408, f"the request did not arrive within {BODY_SECONDS} seconds")
         if content is None:
             return _error(413, f"the request is larger than {MAX_BODY // 2**20} MiB: send a smaller image")
-        # Decoding an image takes a while, in which other requests are answered.
-        body = await asyncio.to_thread(_checked, content, models)
-        return await handler.handle_request(body, f"chatcmpl-{id(request):x}")
+        async with reading:  # in a thread, as decoding an image takes a while
+            body = await asyncio.to_thread(_checked, content, models)
+        return await handler.handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
@@ -173,7 +207,8 @@ def serve(name: str, host: str, port: int) -> None:
         InputError: if the checkpoint cannot be loaded.
     """
     app = build_app(name)
-    config = uvicorn.Config(app, host=host, port=port, limit_concurrency=MAX_WAITING, log_level="info")
+    limits = {"limit_concurrency": MAX_WAITING, "timeout_graceful_shutdown": SHUTDOWN_SECONDS}
+    config = uvicorn.Config(app, host=host, port=port, log_level="info", **limits)
     uvicorn.Server(config).run()
 
 
@@ -203,14 +238,16 @@ def _checked(content: bytes, models: _OneModel) -> dict[str, Any]:
     request = validate(fields, ChatRequest, "request")
     if request.model not in (None, models.force_model):
         raise InputError(f"request: model: this server has {models.force_model} and no other")
-    messages, prefix = _messages(request)
+    messages, prefix = _messages(request, models.processor)
     limit = request.max_completion_tokens or request.max_tokens or models.model.generation_config.max_new_tokens
     most = fit_new_tokens(models.model.config, models.processor, prefix, None)
     body = request.model_dump(exclude_none=True, exclude={"messages", "max_completion_tokens"})
+    if not request.frequency_penalty:  # 0 would switch off the checkpoint's own
+        body.pop("frequency_penalty", None)
     return body | {"messages": messages, "max_tokens": min(limit or most, most)}
 
 
-def _messages(request: ChatRequest) -> tuple[list[dict[str, Any]], str]:
+def _messages(request: ChatRequest, processor: NanoVLMProcessor) -> tuple[list[dict[str, Any]], str]:
     """Return the messages as the chat template takes them, and the text that they begin."""
     if request.messages[-1].role != "user":
         raise InputError("request: messages: the last one has to be the user's: give the beginning of the sentence")
@@ -229,7 +266,8 @@ def _messages(request: ChatRequest) -> tuple[list[dict[str, Any]], str]:
         messages.append({"role": message.role, "content": converted})
     if len(urls) != 1:
         raise InputError(f"request: messages: one image_url is needed, and there are {len(urls)}")
-    image = _decoded(urls[0])
+    size = processor.image_processor.size
+    image = _decoded(urls[0], (size["width"], size["height"]))
     for converted in (message["content"] for message in messages):
         for one in converted:
             if one["type"] == "image":
@@ -237,7 +275,7 @@ def _messages(request: ChatRequest) -> tuple[list[dict[str, Any]], str]:
     return messages, " ".join(text.strip() for text in texts)
 
 
-def _decoded(url: str) -> Image.Image:
+def _decoded(url: str, size: tuple[int, int]) -> Image.Image:
     """Return the image of a data URL; no other address is opened, since anybody may send a request."""
     where = "request: image_url"
     head, separator, content = url.partition(",")
@@ -247,7 +285,7 @@ def _decoded(url: str) -> Image.Image:
         data = base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{where}: not base64 ({first_line(error)})") from None
-    return open_image_file(where, data)
+    return open_image_file(where, data, size=size)
 
 
 def _error(status: int, message: str) -> JSONResponse:

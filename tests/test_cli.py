@@ -135,7 +135,7 @@ def test_unreadable_folder(run, saved, tmp_path, monkeypatch):
         (("--prefix", "word " * 60), 1, "leave no room in the model's 48"),
         (("--max-new-tokens", 60), 1, "ask for 47 at most"),
         (("--max-new-tokens", 0), 2, "max-new-tokens"),
-        (("--num-return-sequences", 3), 2, "a beam has one answer"),
+        (("--num-return-sequences", 3), 2, "each beam gives one completion"),
         (("--temperature", "warm"), 2, "temperature"),
         (("--colour", "red"), 2, "--colour"),
         (("--model", "no-such-model"), 1, "not a local folder, a Hub id"),

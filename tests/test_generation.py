@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
@@ -167,9 +169,9 @@ def test_generation_without_an_image(model, tokenizer):
 
 
 def test_a_stream_of_a_checkpoint_with_beams_is_greedy_and_penalised(model, processor, tmp_path):
-    model.generation_config.update(num_beams=3, no_repeat_ngram_size=2)
+    model.generation_config.update(num_beams=3, no_repeat_ngram_size=2, length_penalty=0.9, early_stopping=True)
     greedy = greedy_settings(model.generation_config)
-    assert greedy == {"num_beams": 1, "no_repeat_ngram_size": 0, "repetition_penalty": 1.2}
+    assert (greedy["num_beams"], greedy["no_repeat_ngram_size"], greedy["repetition_penalty"]) == (1, 0, 1.2)
     image = random_image(1)
     inputs = processor(images=image, text="There is", return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=20, **greedy)
@@ -180,6 +182,9 @@ def test_a_stream_of_a_checkpoint_with_beams_is_greedy_and_penalised(model, proc
     assert one.texts == [expected]
     *_, streamed = stream(model, processor, image, "There is")
     assert streamed[:20] == expected[:20]
+    decoding = copy.deepcopy(model.generation_config)
+    decoding.update(**greedy)
+    decoding.save_pretrained(tmp_path)  # which refuses settings of beams without beams
     (beams,) = complete(model, processor, [tmp_path / "image.png"], **settings)
     tokens = model.generate(**inputs, max_new_tokens=20)
     assert beams.texts == [completion_line(processor.batch_decode(tokens, skip_special_tokens=True)[0])]

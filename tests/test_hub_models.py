@@ -156,7 +156,8 @@ def test_onnx_is_pushed_beside_the_weights(hub, tmp_path):
     # With the configuration of `onnx/`, as transformers.js takes it, the repository is an exported folder.
     exported = tmp_path / "exported"
     shutil.copytree(folder, exported)
-    shutil.copyfile(folder / "onnx" / "config.json", exported / "config.json")
+    for file in ("config.json", "generation_config.json"):
+        shutil.copyfile(folder / "onnx" / file, exported / file)
     image = random_image(size=(224, 224))
     model, processor = load_model("mini-short")
     inputs = processor(images=image, text="There is a big", return_tensors="pt")
@@ -167,7 +168,7 @@ def test_onnx_is_pushed_beside_the_weights(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_broken_publishes_nothing_and_a_second_try_everything(tmp_path):
+def test_a_broken_network_publishes_nothing_and_a_second_try_everything(tmp_path):
     with serve("hub_server.py", tmp_path / "hub", "--drop-uploads", "1000") as hub:
         done = push(hub, tmp_path / "home")
         assert done.returncode == 1

@@ -26,9 +26,15 @@ def test_a_completion_is_scored_against_the_other_captions():
 
 
 def test_a_caption_without_a_beginning_is_scored_against_all():
-    assert captions.doc_to_text(row(), {"prefix_words": 0}) == ""
+    assert captions.doc_to_no_text(row()) == ""
     found = captions.process_captioning_results(row(), ["There is a dog! It runs."])
     assert found["ROUGE_L"] == {"prediction": "There is a dog!", "references": CAPTIONS}
+
+
+def test_words_that_are_given_do_not_end_the_sentence():
+    texts = ["A St. Bernard sleeps on a mat.", "A big dog lies down."]
+    found = captions.process_results(row(texts=texts), ["sits in the snow. It is cold."])
+    assert found["CIDEr"]["prediction"] == "A St. Bernard sits in the snow."
 
 
 def test_rows_of_each_dataset_are_read():

@@ -30,7 +30,7 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: limit after the prefix; None for as many as fit.
-        num_beams: 1 is greedy search; None for the checkpoint's, and without beams to sample.
+        num_beams: 1 is greedy search; None uses the checkpoint's value, or 1 when sampling.
         temperature: above 0 samples.
         num_return_sequences: completions of each image.
         seed: of sampling; None leaves it random.
@@ -51,7 +51,8 @@ class GenerationOptions:
         wanted = self.num_return_sequences
         if wanted > 1 and self.temperature == 0 and (self.num_beams or 1) < wanted:
             raise UsageError(
-                f"--num-return-sequences {wanted}: a beam has one answer: add --temperature 1, or --num-beams {wanted}"
+                f"--num-return-sequences {wanted}: each beam gives one completion: add --temperature 1, or "
+                f"--num-beams {wanted}"
             )
 
     def arguments(self) -> dict[str, Any]:

@@ -15,16 +15,23 @@ from .quiet import quiet
 def serve(
     model: Annotated[str, typer.Argument(help="Released checkpoint, local folder or Hub id.")] = "mini-short",
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in, without a password.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, without a password.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
     """Start an OpenAI-compatible server, whose /v1/chat/completions completes sentences about images."""
     require("serve", "nanovlm serve")
-    if find_spec("transformers.cli") is None:
+    if _serving_is_missing():
         raise UsageError("`nanovlm serve` needs Transformers 5: pip install 'transformers>=5'")
 
     from ..serving import serve as serve_model
 
     quiet()
     serve_model(model, host, port)
+
+
+def _serving_is_missing() -> bool:
+    try:
+        return find_spec("transformers.cli.serving") is None
+    except ModuleNotFoundError:  # of `transformers.cli`
+        return True

@@ -82,6 +82,12 @@ def rows_hash(rows: Any, captions: list[list[str]]) -> str:
 
 def measure_hash() -> str:
     """Return the hash of the constants and word lists that grounding depends on."""
-    constants = [sorted(grounding.GROUPS.items()), distractors.COLOURS, distractors.COUNTS, distractors.COMMON]
+    constants = [
+        grounding.MEASURES,
+        sorted(grounding.GROUPS.items()),
+        distractors.COLOURS,
+        distractors.COUNTS,
+        distractors.COMMON,
+    ]
     words = [read_word_list(name) for name in ("synonyms.txt", "not_objects.txt")]
     return hash_of(json.dumps(part).encode() for part in (constants, words))

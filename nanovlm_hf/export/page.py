@@ -109,8 +109,8 @@ def _fingerprint(name: str) -> str:
     digest = hashlib.sha256(__version__.encode())
     for file in (*EXPORTED_FROM, *TOKENIZER_FILES):
         digest.update((SHIPPED[name] / file).read_bytes())
-    for module in ("onnx.py", "page.py"):
-        digest.update((Path(__file__).parent / module).read_bytes())
+    for module in ("export/onnx.py", "export/page.py", "completion.py"):
+        digest.update((Path(__file__).parents[1] / module).read_bytes())
     return digest.hexdigest()[:12]
 
 

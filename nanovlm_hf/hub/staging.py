@@ -72,14 +72,15 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
 
 
 def _add_onnx(folder: Path) -> None:
-    """Export a staged checkpoint to its `onnx/`, with the `config.json` that transformers.js needs."""
+    """Export a staged checkpoint to its `onnx/`, with the configuration files that transformers.js needs."""
     from ..export.onnx import export_onnx
 
     with tempfile.TemporaryDirectory() as name:
         exported = Path(name)
         export_onnx(str(folder), exported)
         shutil.copytree(exported / "onnx", folder / "onnx")
-        shutil.copyfile(exported / "config.json", folder / "onnx" / "config.json")
+        for file in ("config.json", "generation_config.json"):
+            shutil.copyfile(exported / file, folder / "onnx" / file)
 
 
 def _add_code(model: Any, processor: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -35,19 +36,21 @@ class NanoVLM(lmms):
         """Return the completion of each request, without its text."""
         texts: list[str] = []
         with tqdm(total=len(requests), unit="image") as bar:
-            for start in range(0, len(requests), self.batch_size):
-                batch = requests[start : start + self.batch_size]
-                texts += self._complete([request.args for request in batch])
-                bar.update(len(batch))
+            for limit, group in itertools.groupby(requests, _limit):  # requests of a task follow one another
+                same = [request.args for request in group]
+                for start in range(0, len(same), self.batch_size):
+                    batch = same[start : start + self.batch_size]
+                    texts += self._complete(batch, limit)
+                    bar.update(len(batch))
         return texts
 
     @torch.no_grad()
-    def _complete(self, batch: list[tuple[Any, ...]]) -> list[str]:
+    def _complete(self, batch: list[tuple[Any, ...]], max_new_tokens: int) -> list[str]:
         prefixes = [prefix for prefix, *_ in batch]
         images = [self._image(*rest) for _, _, *rest in batch]
-        limit = batch[0][1].get("max_new_tokens", DEFAULT_NEW_TOKENS)  # otherwise the checkpoint's own decoding
         inputs = self.processor(images=images, text=prefixes, return_tensors="pt").to(self.model.device)
-        tokens = self.model.generate(**inputs, max_new_tokens=limit, logits_processor=finite_logits())
+        # Otherwise as the checkpoint's generation config says.
+        tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, logits_processor=finite_logits())
         return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _image(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> Image.Image:
@@ -59,3 +62,7 @@ class NanoVLM(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> Any:
         raise NotImplementedError("this model has no conversations")
+
+
+def _limit(request: Instance) -> int:
+    return request.args[1].get("max_new_tokens", DEFAULT_NEW_TOKENS)

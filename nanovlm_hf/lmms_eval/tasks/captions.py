@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 PREFIX_WORDS = 3
-CAPTION_FIELDS = ("answer", "annotations_captions", "captions")  # of COCO and Flickr30k, of NoCaps, of this project
+CAPTION_FIELDS = ("answer", "caption", "annotations_captions", "captions")  # COCO, Flickr30k, NoCaps, this project
 METRICS = ("CIDEr", "BLEU_4", "ROUGE_L")
 
 
@@ -22,12 +22,13 @@ def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
 
 
 def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
-    """Return the first `prefix_words` words (default 3) of a row's first caption.
+    """Return the first words of a row's first caption."""
+    return " ".join(captions(doc)[0].split()[:PREFIX_WORDS])
 
-    With 0 words, the model begins the sentence itself, as in image captioning.
-    """
-    count = (lmms_eval_specific_kwargs or {}).get("prefix_words", PREFIX_WORDS)
-    return " ".join(captions(doc)[0].split()[:count])
+
+def doc_to_no_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
+    """Return an empty prompt: the model begins the sentence itself, as in image captioning."""
+    return ""
 
 
 def doc_to_target(doc: dict[str, Any]) -> str:
@@ -46,7 +47,7 @@ def process_captioning_results(doc: dict[str, Any], results: list[str]) -> dict[
 
 
 def _scored(prefix: str, results: list[str], references: list[str]) -> dict[str, Any]:
-    pair = {"prediction": first_sentence(f"{prefix} {results[0].strip()}"), "references": references}
+    pair = {"prediction": f"{prefix} {first_sentence(results[0])}".strip(), "references": references}
     return dict.fromkeys(METRICS, pair)
 
 
