@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -38,15 +40,16 @@ def running(**options):
 
     config = uvicorn.Config(build_app("mini-short"), host="127.0.0.1", port=0, log_level="error", **options)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
+            thread.join(0.05)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +116,18 @@ def test_limits_and_sampling_are_obeyed(client, expected):
         reply = client.chat.completions.create(
             model="mini-short", messages=messages(image_part(), text_part()), **options
         )
-        return reply.choices[0]
+        return reply.choices[0], reply.usage.completion_tokens
 
-    three = ask(max_tokens=3)
-    assert three.finish_reason == "length"
-    assert expected.startswith(PREFIX + three.message.content)
-    assert ask(max_completion_tokens=3).message.content == three.message.content
-    sampled = {ask(temperature=1.5, seed=seed).message.content for seed in range(4)}
-    assert len(sampled) > 1
-    assert ask(temperature=1.5, seed=1).message.content == ask(temperature=1.5, seed=1).message.content
-    assert PREFIX + ask(temperature=0, top_p=1, max_tokens=10**6).message.content == expected
+    three, tokens = ask(max_tokens=3)
+    assert (three.finish_reason, tokens) == ("length", 3)
+    assert ask(max_completion_tokens=3)[0].message.content == three.message.content
+    assert PREFIX + ask(temperature=0, top_p=1, frequency_penalty=0, max_tokens=10**6)[0].message.content == expected
+    assert PREFIX + ask(temperature=1e-300)[0].message.content == expected
+    sampled = [ask(temperature=1.5, seed=seed)[0].message.content for seed in range(4)]
+    assert len(set(sampled)) > 1
+    with ThreadPoolExecutor(4) as pool:  # at a time, each with its own seed
+        together = pool.map(lambda seed: ask(temperature=1.5, seed=seed)[0].message.content, range(4))
+        assert list(together) == sampled
 
 
 def test_requests_at_a_time_give_what_each_gives_alone(client, expected):
@@ -191,6 +196,10 @@ BAD = {
         {"model": "gpt-4o"},
         "request: model: this server has mini-short and no other",
     ),
+    "a long text": (messages(image_part(), text_part("a" * 10_001)), {}, "request: messages.0.content.1.text.text: St"),
+    "many parts": (messages(*[text_part("")] * 65), {}, "request: messages.0.content: List should have at most 64"),
+    "no parts": ([{"role": "user", "content": [0] * 100_000}], {}, "request: messages.0.content.0: Input should be"),
+    "top_k": (messages(image_part(), text_part()), {"top_k": 3}, "request: top_k: not supported: leave it out"),
     "audio": (
         messages({"type": "input_audio", "input_audio": {}}),
         {},
@@ -228,7 +237,7 @@ def test_sizes_are_bounded(address):
     from nanovlm_hf.serving import MAX_BODY
 
     status, found = post(address, b" " * (MAX_BODY + 1))
-    assert (status, found) == (413, "the request is larger than 32 MiB: send a smaller image")
+    assert (status, found) == (413, "the request is larger than 16 MiB: send a smaller image")
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     status, found = post(address, {"messages": messages(image_part(bomb.getvalue()), text_part())})
@@ -248,10 +257,22 @@ def test_no_more_requests_wait_than_the_limit():
         except urllib.error.HTTPError as error:
             return error.code
 
-    with running(limit_concurrency=3) as address, ThreadPoolExecutor(12) as pool:
-        codes = list(pool.map(status, [address] * 12))
-        assert set(codes) == {200, 503}
-        assert status(address) == 200
+    with running(limit_concurrency=3) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))), socket.create_connection((host, int(port))):
+            time.sleep(0.5)  # until the server has accepted both
+            assert status(address) == 503
+        deadline = time.monotonic() + 30
+        while status(address) != 200:
+            assert time.monotonic() < deadline
+
+
+def test_a_request_that_does_not_arrive_ends(address, monkeypatch):
+    monkeypatch.setattr("nanovlm_hf.serving.BODY_SECONDS", 0.2)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as slow:
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_the_loading_of_other_models_is_not_offered(address):
