@@ -147,10 +147,13 @@ def test_the_evaluation_belongs_to_the_weights_and_has_a_grounding_gap(folder):
 def test_the_readme_states_the_metrics():
     readme = (ROOT / "README.md").read_text()
     for name, folder in SHIPPED.items():
-        metrics = read(folder / "metrics.json")
+        measured = read(folder / "evaluation.json")
         row = next(line for line in readme.splitlines() if line.startswith(f"| [{name}]"))
         for metric in ("eval_loss", "grounding_gap"):
-            assert f"{metrics[metric]:.3f}" in row, (name, metric)
+            assert f"{measured['grounding'][metric]:.3f}" in row, (name, metric)
+        shares = (measured["in_domain"]["mentions"]["precision"], measured["grounding"]["retrieval"]["32"]["r_at_1"])
+        for share in shares:
+            assert f"{share['mean']:.0%} [{100 * share['low']:.0f}, {100 * share['high']:.0f}]" in row, name
 
 
 @FOLDERS
