@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, float]] = {
     "4 beams, no_repeat_ngram_size 3": {"num_beams": 4, "no_repeat_ngram_size": 3},
     "4 beams, no_repeat_ngram_size 4": {"num_beams": 4, "no_repeat_ngram_size": 4},
     "4 beams, repetition_penalty 1.2": {"num_beams": 4, "repetition_penalty": 1.2},
+    "4 beams, both": {"num_beams": 4, "no_repeat_ngram_size": 3, "repetition_penalty": 1.2},
 }
 
 

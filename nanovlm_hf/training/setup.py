@@ -33,7 +33,10 @@ from .text_files import TextFile
 from .texts import TokenizedTexts
 
 # Graded best of the settings that were compared (EXPERIMENTS.md).
-GENERATION = {"max_new_tokens": 96, "do_sample": False, "num_beams": 4, "no_repeat_ngram_size": 4}
+GENERATION = {
+    **{"max_new_tokens": 96, "do_sample": False, "num_beams": 4, "no_repeat_ngram_size": 3},
+    "repetition_penalty": 1.2,
+}
 MOST_PARAMETERS = 1_000_000_000  # 40 times large: more is a typing error
 # Fields of a config that change neither the weights nor what the model computes from them.
 NO_MEANING = {"self", "kwargs", "vision_config", "text_config", "hidden_dropout", "attention_dropout", "patch_dropout"}
