@@ -207,8 +207,14 @@ def serve(name: str, host: str, port: int) -> None:
         InputError: if the checkpoint cannot be loaded.
     """
     app = build_app(name)
-    limits = {"limit_concurrency": MAX_WAITING, "timeout_graceful_shutdown": SHUTDOWN_SECONDS}
-    config = uvicorn.Config(app, host=host, port=port, log_level="info", **limits)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        limit_concurrency=MAX_WAITING,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
     uvicorn.Server(config).run()
 
 
