@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    name, weights = arguments.checkpoint, (SHIPPED[arguments.checkpoint] / "model.safetensors").stat().st_size
+    name = arguments.checkpoint
+    weights = sum(path.stat().st_size for path in SHIPPED[name].glob("model*.safetensors"))
     items = [(IMAGES / f"{image}.jpg", prefix) for image, prefix in EXAMPLES.items()]
     with ExitStack() as stack:
         runtimes, sizes = {"PyTorch": pytorch(name)}, {"PyTorch": weights}

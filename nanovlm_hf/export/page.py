@@ -26,7 +26,7 @@ from ..variants import VARIANTS
 
 MODELS = tuple(f"mini-{variant}" for variant in VARIANTS)
 DTYPE = "fp16"
-EXPORTED_FROM = ("model.safetensors", "config.json", "generation_config.json", "preprocessor_config.json")
+EXPORTED_FROM = ("config.json", "generation_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Images of `hub_cards/space/examples/` by name, and the beginning of a sentence about each.
 EXAMPLES = {
@@ -107,8 +107,9 @@ def exported_folder(name: str) -> Path:
 def _fingerprint(name: str) -> str:
     """Return a hash of what an export depends on."""
     digest = hashlib.sha256(__version__.encode())
-    for file in (*EXPORTED_FROM, *TOKENIZER_FILES):
-        digest.update((SHIPPED[name] / file).read_bytes())
+    weights = sorted(SHIPPED[name].glob("model*.safetensors"))
+    for path in (*weights, *(SHIPPED[name] / file for file in (*EXPORTED_FROM, *TOKENIZER_FILES))):
+        digest.update(path.read_bytes())
     for module in ("export/onnx.py", "export/page.py", "completion.py"):
         digest.update((Path(__file__).parents[1] / module).read_bytes())
     return digest.hexdigest()[:12]
