@@ -75,7 +75,7 @@ class _Message(_Settings):
 
 
 class ChatRequest(_Settings):
-    """The fields of a request that are used. A field that would change the reply and is not here is refused."""
+    """The fields of a request that are used; those of `REFUSED` are errors, and any other is ignored."""
 
     model: str | None = None
     messages: Annotated[list[_Message], FailFast(), Field(min_length=1, max_length=MAX_PARTS)]
