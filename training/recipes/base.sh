@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# base from random weights to both released checkpoints: bash training/recipes/base.sh DATA OUT [TEXT_FILE...]
+# base from mini to both released checkpoints: bash training/recipes/base.sh DATA OUT MINI
 #
-# As mini.sh; the vision encoder grows from mini's (Net2Net). The checkpoints are
+# MINI is the checkpoint of mini that base grows from (Net2Net): mini-short, which the package contains, or
+# OUT/mini_short/best of mini.sh. A recipe that was interrupted goes on where it stopped. The checkpoints are
 # OUT/base_short/best and OUT/base_long/best.
 set -euo pipefail
+[ $# -eq 3 ] || { echo "usage: bash $0 DATA OUT MINI" >&2; exit 2; }
 source "$(dirname "$0")/stages.sh"
 
-stage mini_vision mini_vision
-grow_vision base mini_vision
-texts_and_variants base --patch_dropout 0.5
+stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5
+variants base --patch_dropout 0.5

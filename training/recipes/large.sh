@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# large from random weights to both released checkpoints: bash training/recipes/large.sh DATA OUT [TEXT_FILE...]
+# large from base to both released checkpoints: bash training/recipes/large.sh DATA OUT BASE
 #
-# As mini.sh; the vision encoder grows from base's, and that from mini's (Net2Net). The checkpoints are
+# BASE is the checkpoint of base that large grows from (Net2Net): base-short, which the package contains, or
+# OUT/base_short/best of base.sh. A recipe that was interrupted goes on where it stopped. The checkpoints are
 # OUT/large_short/best and OUT/large_long/best.
 set -euo pipefail
+[ $# -eq 3 ] || { echo "usage: bash $0 DATA OUT BASE" >&2; exit 2; }
 source "$(dirname "$0")/stages.sh"
 
-stage mini_vision mini_vision
-grow_vision base mini_vision
-grow_vision large base_vision
-texts_and_variants large --patch_dropout 0.5
+stage large_texts large_texts --grow_from "$1" --patch_dropout 0.5
+variants large --patch_dropout 0.5

@@ -5,7 +5,17 @@
 # there are any, before it sees images. A recipe that was interrupted goes on where it stopped. The checkpoints are
 # OUT/mini_short/best and OUT/mini_long/best.
 set -euo pipefail
+[ $# -ge 2 ] || { echo "usage: bash $0 DATA OUT [TEXT_FILE...]" >&2; exit 2; }
 source "$(dirname "$0")/stages.sh"
+for file in "$@"; do
+    [ -e "$file" ] || { echo "$0: $file: no such file or folder" >&2; exit 2; }
+done
 
 stage mini_vision mini_vision
-texts_and_variants mini
+before=mini_vision
+if [ $# -gt 0 ]; then
+    stage mini_decoder mini_decoder --init_from "$out/mini_vision/last" --texts short long captions "$@"
+    before=mini_decoder
+fi
+stage mini_texts mini_texts --init_from "$out/$before/last"
+variants mini
