@@ -30,10 +30,10 @@ def follow(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "stories.txt").write_text("A dog runs.\n")
 
-    def call(name, *texts):
+    def call(name, *arguments):
         log.unlink(missing_ok=True)
         subprocess.run(
-            ["bash", RECIPES / f"{name}.sh", "data", "out", *texts],
+            ["bash", RECIPES / f"{name}.sh", "data", "out", *arguments],
             cwd=tmp_path,
             env=os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"},
             check=True,
@@ -47,8 +47,8 @@ def follow(tmp_path):
             assert Path(command[script]).samefile(RECIPES.parent / "train.py")
             fields = read_arguments(command[script + 1 :])
             assert fields.resume == "auto"
-            for start in filter(None, (fields.init_from, fields.grow_from)):
-                assert Path(start).parent.name in stages, "it starts from a stage that comes before it"
+            if fields.init_from:
+                assert Path(fields.init_from).parent.name in stages, "it starts from a stage that comes before it"
             assert Path(fields.output_dir).parent == Path("out")
             stages[Path(fields.output_dir).name] = fields
         return stages
@@ -56,22 +56,30 @@ def follow(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("preset", ["mini", "base", "large"])
-def test_a_recipe_leads_to_both_variants(follow, preset):
-    stages = follow(preset, "stories.txt")
-    smaller = {"mini": [], "base": ["mini_vision"], "large": ["mini_vision", "base_vision"]}[preset]
-    parts = ("vision", "decoder", "texts", "short", "long")
-    assert list(stages) == smaller + [f"{preset}_{part}" for part in parts]
-    for name, fields in stages.items():
-        assert fields.preset == name.split("_")[0]
-    vision, decoder, texts, short, long = (stages[f"{preset}_{part}"] for part in parts)
+@pytest.fixture
+def check_variants():
+    """Checks the last stages of a recipe, which fine-tune on each variant."""
+
+    def check(stages, preset):
+        short, long = (stages[f"{preset}_{variant}"] for variant in ("short", "long"))
+        assert {short.init_from, long.init_from} == {f"out/{preset}_texts/last"}
+        assert (short.texts, long.texts) == (["short"], ["long"])
+        assert {fields.preset for fields in stages.values()} == {preset}
+
+    return check
+
+
+def test_mini_starts_from_random_weights(follow, check_variants):
+    stages = follow("mini", "stories.txt")
+    assert list(stages) == ["mini_vision", "mini_decoder", "mini_texts", "mini_short", "mini_long"]
+    vision, decoder, texts, *_ = stages.values()
     assert vision.teacher
+    assert vision.init_from is vision.grow_from is None
     assert not any(vision.weights_of_images)
     assert (decoder.image_dropout, decoder.texts[-1]) == (1, "stories.txt")
-    assert Path(decoder.init_from) == Path(f"out/{preset}_vision/last")
-    assert Path(texts.init_from) == Path(f"out/{preset}_decoder/last")
-    assert {short.init_from, long.init_from} == {f"out/{preset}_texts/last"}
-    assert (short.texts, long.texts) == (["short"], ["long"])
+    assert Path(decoder.init_from) == Path("out/mini_vision/last")
+    assert Path(texts.init_from) == Path("out/mini_decoder/last")
+    check_variants(stages, "mini")
 
 
 def test_without_text_files_the_captions_follow_the_encoder(follow):
@@ -80,10 +88,29 @@ def test_without_text_files_the_captions_follow_the_encoder(follow):
     assert Path(stages["mini_texts"].init_from) == Path("out/mini_vision/last")
 
 
-@pytest.mark.parametrize("arguments", [[], ["data"], ["nothing", "out"], ["data", "out", "nothing.txt"]])
-def test_wrong_use_is_one_line(tmp_path, arguments):
+@pytest.mark.parametrize(("preset", "smaller"), [("base", "mini-short"), ("large", "out/base_short/best")])
+def test_a_larger_model_grows_from_a_smaller_one(follow, check_variants, preset, smaller):
+    stages = follow(preset, smaller)
+    assert list(stages) == [f"{preset}_texts", f"{preset}_short", f"{preset}_long"]
+    assert stages[f"{preset}_texts"].grow_from == smaller
+    check_variants(stages, preset)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("mini", []),
+        ("mini", ["data"]),
+        ("mini", ["nothing", "out"]),
+        ("mini", ["data", "out", "nothing.txt"]),
+        ("base", ["data", "out"]),
+        ("base", ["nothing", "out", "mini-short"]),
+        ("large", ["data", "out", "base-short", "stories.txt"]),
+    ],
+)
+def test_wrong_use_is_one_line(tmp_path, name, arguments):
     (tmp_path / "data").mkdir()
-    done = subprocess.run(["bash", RECIPES / "mini.sh", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(["bash", RECIPES / f"{name}.sh", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "usage" in done.stderr or "no such file or folder" in done.stderr
