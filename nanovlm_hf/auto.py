@@ -1,8 +1,9 @@
 """Register the classes of this package with the Auto classes of Transformers when it is imported."""
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from .compat_nanovlm import register_image_processor
 from .configuration_nanovlm import NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
 from .image_processing_nanovlm import NanoVLMImageProcessor
 from .modeling_nanovlm import NanoVLMForConditionalGeneration, NanoVLMModel, NanoVLMTextModel, NanoVLMVisionModel
@@ -19,5 +20,5 @@ for _config_class, _model_class in (
 for _name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM"):
     if hasattr(transformers, _name):
         getattr(transformers, _name).register(NanoVLMConfig, NanoVLMForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(NanoVLMConfig, slow_image_processor_class=NanoVLMImageProcessor, exist_ok=True)
+register_image_processor(NanoVLMConfig, NanoVLMImageProcessor)
 AutoProcessor.register(NanoVLMConfig, NanoVLMProcessor, exist_ok=True)

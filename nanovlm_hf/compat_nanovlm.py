@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
@@ -61,6 +61,18 @@ def causal_mask(
     return create_causal_mask(**arguments)
 
 
+def register_image_processor(config_class: type, image_processor_class: type) -> None:
+    """Register an image processor with `AutoImageProcessor`, in version 5 for both backends.
+
+    Version 4 has no such class for torchvision and no way to register one that does not inherit from its own.
+    """
+    if IS_TRANSFORMERS_4:
+        AutoImageProcessor.register(config_class, slow_image_processor_class=image_processor_class, exist_ok=True)
+        return
+    backends = {"pil": image_processor_class, "torchvision": image_processor_class}
+    AutoImageProcessor.register(config_class, image_processor_classes=backends, exist_ok=True)
+
+
 def mismatched_weights(loading_info: dict[str, Any]) -> list[str]:
     """Return the names of the weights with another shape than the model's, from the report of `from_pretrained`."""
     return sorted(key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"])
@@ -97,4 +109,5 @@ __all__ = [
     "init",
     "make_tokenizer_portable",
     "mismatched_weights",
+    "register_image_processor",
 ]

@@ -1,4 +1,4 @@
-"""Prepare images as `pixel_values` with Pillow and NumPy (section 2.2.1: 224 x 224 pixels)."""
+"""Prepare images as `pixel_values` with Pillow, or tensors with PyTorch (section 2.2.1: 224 x 224 pixels)."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
-from transformers.image_transforms import to_channel_dimension_format
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     ImageInput,
     PILImageResampling,
-    infer_channel_dimension_format,
-    is_scaled_image,
     make_flat_list_of_images,
-    to_numpy_array,
     valid_images,
 )
-from transformers.utils import TensorType, is_torch_tensor, logging
+from transformers.utils import TensorType, is_torch_tensor
 
 from .pillow_nanovlm import central_square, to_rgb
-
-logger = logging.get_logger(__name__)
+from .tensor_images_nanovlm import FILTERS, prepare_tensor, to_tensor
 
 SETTINGS = (
     "do_convert_rgb",
@@ -55,6 +51,9 @@ class NanoVLMImageProcessor(BaseImageProcessor):
     EXIF rotation is applied; transparent images are composited on white; grey, palette, CMYK and 16-bit images are
     converted to RGB. Images are resized to `size` without keeping their aspect ratio, as in the paper; with
     `do_center_crop` the central square is cropped first. Every argument can be overridden in a call.
+
+    Tensors are resized by PyTorch on their device, if `resample` is bilinear or bicubic: within one of 255 grey levels
+    of Pillow's result. Everything else is resized by Pillow.
 
     As in other image processors, values of arrays and tensors are multiplied by `rescale_factor` with `do_rescale`: the
     default 1/255 is for values in 0..255, and floats in 0..1 need `do_rescale=False`. Floats are resized as floats.
@@ -124,7 +123,8 @@ class NanoVLMImageProcessor(BaseImageProcessor):
             return_tensors: `"pt"` or `"np"`; None returns a list of arrays.
             data_format: channel dimension of the result.
             input_data_format: channel dimension of array inputs; inferred if None.
-            kwargs: arguments of the class to override; `device` of the returned tensors.
+            kwargs: arguments of the class to override; `device` of the returned tensors, by default that of the first
+                image.
 
         Returns:
             `pixel_values`, (images, 3, height, width) in float32.
@@ -140,14 +140,14 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         images = make_flat_list_of_images(self.fetch_images(images))
         if not valid_images(images):
             raise ValueError("images must be Pillow images, NumPy arrays or tensors, or a list of them")
-        pixels = [
-            to_channel_dimension_format(
-                self._prepare(image, input_data_format, settings), data_format, ChannelDimension.LAST
-            )
-            for image in images
-        ]
-        batch = BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
-        return batch if device is None or return_tensors != "pt" else batch.to(device)
+        pixels = [self._prepare(image, input_data_format, settings) for image in images]
+        if ChannelDimension(data_format) == ChannelDimension.LAST:
+            pixels = [one.permute(1, 2, 0) for one in pixels]
+        if return_tensors != "pt":
+            arrays = [one.cpu().numpy() for one in pixels]
+            return BatchFeature(data={"pixel_values": arrays}, tensor_type=return_tensors)
+        device = pixels[0].device if device is None else device
+        return BatchFeature(data={"pixel_values": torch.stack([one.to(device) for one in pixels])})
 
     def _settings(self, overrides: dict[str, Any]) -> dict[str, Any]:
         _refuse_unsupported(overrides)
@@ -158,26 +158,19 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         settings.update({name: value for name, value in overrides.items() if name in SETTINGS and value is not None})
         return _checked(settings)
 
-    def _prepare(self, image: Any, input_data_format: Any, settings: dict[str, Any]) -> np.ndarray:
-        """Return one image as an array (height, width, channels)."""
-        if not isinstance(image, Image.Image):
-            image = _to_array(image, input_data_format, settings)
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            image = Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image)
-        pixels = _from_floats(image, settings) if isinstance(image, np.ndarray) else _from_pil(image, settings)
-        if not settings["do_rescale"] and not settings["do_normalize"]:
-            return pixels
-        # Rescaling and normalisation are combined into one multiplication and one addition.
-        scale = np.float32(settings["rescale_factor"] if settings["do_rescale"] else 1.0)
-        shift = np.float32(0.0)
-        if settings["do_normalize"]:
-            std = np.asarray(settings["image_std"], np.float32)
-            mean = np.asarray(settings["image_mean"], np.float32)
-            for name, values in (("image_mean", mean), ("image_std", std)):
-                if len(values) != pixels.shape[-1]:
-                    raise ValueError(f"{name}: {len(values)} numbers for an image of {pixels.shape[-1]} channels")
-            scale, shift = scale / std, -mean / std
-        return pixels.astype(np.float32) * scale + shift
+    def _prepare(self, image: Any, input_data_format: Any, settings: dict[str, Any]) -> torch.Tensor:
+        """Return one image as a tensor (channels, height, width)."""
+        if isinstance(image, Image.Image):
+            return _rescale_and_normalise(_from_pil(image, settings), settings)
+        pixels = to_tensor(image, input_data_format, settings)
+        by_pillow = not is_torch_tensor(image) or settings["resample"] not in FILTERS
+        if by_pillow and pixels.dtype == torch.uint8:
+            array = pixels.permute(1, 2, 0).cpu().numpy()
+            resized = _from_pil(Image.fromarray(array[:, :, 0] if len(pixels) == 1 else array), settings)
+            pixels = resized.to(pixels.device)
+        else:
+            pixels = prepare_tensor(pixels, settings)
+        return _rescale_and_normalise(pixels, settings)
 
 
 def _refuse_unsupported(arguments: dict[str, Any]) -> None:
@@ -232,8 +225,8 @@ def _is_side(value: Any) -> bool:
     return _is_number(value) and value == int(value) and 1 <= value <= LARGEST_SIDE
 
 
-def _from_pil(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
-    """Return a Pillow image converted and resized, (height, width, channels)."""
+def _from_pil(image: Image.Image, settings: dict[str, Any]) -> torch.Tensor:
+    """Return a Pillow image converted and resized, (channels, height, width)."""
     if settings["do_convert_rgb"]:
         image = to_rgb(image)
     if settings["do_center_crop"]:
@@ -242,71 +235,25 @@ def _from_pil(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     if settings["do_resize"]:
         size = (settings["size"]["width"], settings["size"]["height"])
         image = image.resize(size, settings["resample"], reducing_gap=3.0)
-    pixels = np.asarray(image)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def _to_array(image: Any, input_data_format: Any, settings: dict[str, Any]) -> np.ndarray:
-    """Return an array or tensor as (height, width, channels), uint8 or float32."""
-    if is_torch_tensor(image) and image.is_floating_point():
-        image = image.float()  # NumPy has no bfloat16
-    array = to_numpy_array(image)
-    if array.ndim == 2:
-        array = array[:, :, None]
-    elif input_data_format is None and not any(channels in (1, 3) for channels in (array.shape[0], array.shape[-1])):
-        array = to_channel_dimension_format(
-            array, ChannelDimension.LAST, infer_channel_dimension_format(array, num_channels=4)
-        )
-    else:
-        array = to_channel_dimension_format(array, ChannelDimension.LAST, input_data_format)
-    if not array.size or array.dtype.kind not in "buif":
-        raise ValueError(f"images must have pixels that are numbers, not {array.dtype} of shape {array.shape}")
-    if settings["do_rescale"] and is_scaled_image(array):
-        logger.warning_once(
-            "Values from 0 to 1 are multiplied by rescale_factor again: give do_rescale=False for images that are "
-            "rescaled already."
-        )
-    if array.dtype.kind == "f":
-        return array.astype(np.float32)
-    least, most = int(array.min()), int(array.max())
-    if least >= 0 and most <= 255:
-        return array.astype(np.uint8)
-    if least < 0 or not settings["do_rescale"] or most * settings["rescale_factor"] > 1 + 1e-6:
-        raise ValueError(
-            f"images of integers must have values from 0 to 255, or rescale_factor must take them to 0..1 (1/65535); "
-            f"these have {least} to {most}"
-        )
-    return array.astype(np.float32)
-
-
-def _from_floats(array: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """Return a float32 array converted and resized in its own precision."""
-    white = 1 / settings["rescale_factor"] if settings["do_rescale"] else 1.0
-    if settings["do_convert_rgb"]:
-        if array.shape[-1] == 4:
-            alpha = np.clip(array[:, :, 3:] / np.float32(white), 0, 1)
-            array = array[:, :, :3] * alpha + np.float32(white) * (1 - alpha)
-        elif array.shape[-1] == 1:
-            array = np.repeat(array, 3, axis=-1)
-    if settings["do_center_crop"]:
-        left, top, side = central_square(array.shape[1], array.shape[0])
-        array = array[top : top + side, left : left + side]
-    size = (settings["size"]["width"], settings["size"]["height"])
-    if not settings["do_resize"] or array.shape[1::-1] == size:
-        return array
-    # The filter overshoots at edges. As Pillow does for 8-bit images, values are clipped after each of two passes.
-    limits = (0, next((most for most in (white, 255.0) if array.max() <= most), np.inf))
-    if not array.min() >= 0:
-        limits = (-np.inf, np.inf)
-    for one_pass in ((size[0], array.shape[0]), size):
-        channels = [
-            Image.fromarray(np.ascontiguousarray(array[:, :, channel])).resize(
-                one_pass, settings["resample"], reducing_gap=3.0
-            )
-            for channel in range(array.shape[-1])
-        ]
-        array = np.stack([np.clip(np.asarray(channel), *limits) for channel in channels], axis=-1)
-    return array
+def _rescale_and_normalise(pixels: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """Return an image (channels, height, width) rescaled and normalised by one multiplication and one addition."""
+    if not settings["do_rescale"] and not settings["do_normalize"]:
+        return pixels
+    scale = np.float32(settings["rescale_factor"] if settings["do_rescale"] else 1.0)
+    shift = np.float32(0.0)
+    if settings["do_normalize"]:
+        std = np.asarray(settings["image_std"], np.float32)
+        mean = np.asarray(settings["image_mean"], np.float32)
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if len(values) != len(pixels):
+                raise ValueError(f"{name}: {len(values)} numbers for an image of {len(pixels)} channels")
+        scale, shift = scale / std, -mean / std
+    factor, summand = (torch.as_tensor(one, device=pixels.device).reshape(-1, 1, 1) for one in (scale, shift))
+    return pixels.float() * factor + summand
 
 
 __all__ = ["NanoVLMImageProcessor"]

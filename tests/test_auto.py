@@ -19,8 +19,10 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.models.auto import image_processing_auto
 
 import nanovlm_hf
+from nanovlm_hf.compat_nanovlm import IS_TRANSFORMERS_4
 from nanovlm_hf.hub import code
 
 from helpers.models import old_names, random_image, tiny_model, tiny_processor
@@ -39,6 +41,17 @@ def test_auto_classes_return_the_classes_of_the_package(saved):
     config = tiny_model().config
     assert type(AutoModel.from_config(config.vision_config)) is nanovlm_hf.NanoVLMVisionModel
     assert type(AutoModel.from_config(config.text_config)) is nanovlm_hf.NanoVLMTextModel
+
+
+@pytest.mark.parametrize("torchvision", [False, True])
+def test_no_warning_about_the_backend_of_the_image_processor(saved, monkeypatch, torchvision):
+    warnings = []
+    monkeypatch.setattr(image_processing_auto, "is_torchvision_available", lambda: torchvision)
+    monkeypatch.setattr(image_processing_auto.logger, "warning_once", warnings.append)
+    assert type(AutoProcessor.from_pretrained(saved).image_processor) is nanovlm_hf.NanoVLMImageProcessor
+    if not IS_TRANSFORMERS_4:  # there AutoImageProcessor warns about every processor without a class for torchvision
+        assert type(AutoImageProcessor.from_pretrained(saved)) is nanovlm_hf.NanoVLMImageProcessor
+    assert warnings == []
 
 
 @pytest.mark.slow
@@ -170,6 +183,7 @@ def test_saved_code_is_flat_and_complete(tmp_path, tokenizer):
         "paper_nanovlm.py",
         "pillow_nanovlm.py",
         "processing_nanovlm.py",
+        "tensor_images_nanovlm.py",
     }
     config = json.loads((tmp_path / "config.json").read_text())
     assert set(config["auto_map"]) == {

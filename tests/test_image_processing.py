@@ -27,6 +27,9 @@ def raw(image_processor, image, **kwargs) -> np.ndarray:
     )
 
 
+GREY_LEVEL = 1.001 / 255 / 0.224  # of the channel with the smallest standard deviation
+
+
 def plain(colour, size=(60, 40)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
@@ -98,8 +101,10 @@ def test_arrays_and_tensors_equal_the_pillow_image(image_processor):
     want = pixels_of(image_processor, image)
     array = np.asarray(image)
     tensor = torch.from_numpy(array.copy())
-    for same in (array, array.transpose(2, 0, 1), array.astype(np.int64), array.astype(np.uint16), tensor):
+    for same in (array, array.transpose(2, 0, 1), array.astype(np.int64), array.astype(np.uint16)):
         np.testing.assert_allclose(pixels_of(image_processor, same), want, atol=1e-5)
+    for same in (tensor, tensor.permute(2, 0, 1), tensor.int()):
+        np.testing.assert_allclose(pixels_of(image_processor, same), want, atol=GREY_LEVEL)
     # Floats are not rounded to 8 bits.
     for same in (array.astype(np.float32), array.astype(np.float64), tensor.float(), tensor.permute(2, 0, 1).float()):
         np.testing.assert_allclose(pixels_of(image_processor, same), want, atol=0.02)
@@ -138,7 +143,41 @@ def test_values_agree_with_image_processors_of_transformers(image_processor, kin
         level = 3 / 255 if "float" in kind and "255" not in kind else 1.1
         if steps != {"do_rescale": False, "do_normalize": False}:
             level = 2 * level / 0.224 if steps else 2 / 255 / 0.224
-        np.testing.assert_allclose(got, want, atol=level if "float" in kind else 1e-3)
+        np.testing.assert_allclose(got, want, atol=level if "float" in kind or kind == "tensor" else 1e-3)
+
+
+@pytest.mark.parametrize("resample", [0, 2, 3, 4], ids=["nearest", "bilinear", "bicubic", "box"])
+@pytest.mark.parametrize("size", [(300, 260), (100, 30), (1501, 700), (1400, 1999)], ids=str)
+def test_a_tensor_equals_the_pillow_image_within_a_grey_level(image_processor, size, resample):
+    image = random_image(size=size)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    for crop in (False, True):
+        settings = {"resample": resample, "do_center_crop": crop}
+        want = raw(image_processor, image, **settings).astype(int)
+        for same in (tensor, tensor.float()):
+            np.testing.assert_allclose(raw(image_processor, same, **settings), want, atol=1 if same is tensor else 1.6)
+
+
+def test_a_tensor_is_prepared_on_its_device(image_processor):
+    tensors = torch.zeros(2, 3, 260, 300, dtype=torch.uint8)
+    assert image_processor(tensors, return_tensors="pt")["pixel_values"].shape == (2, 3, 224, 224)
+    settings = {"do_rescale": False, "do_normalize": False}
+    assert image_processor(tensors, return_tensors="pt", **settings)["pixel_values"].dtype == torch.uint8
+    if torch.cuda.is_available():
+        image = random_image(size=(1501, 700))
+        tensor = torch.from_numpy(np.array(image)).cuda()
+        pixels = image_processor(tensor, return_tensors="pt")["pixel_values"]
+        assert pixels.is_cuda
+        np.testing.assert_allclose(pixels[0].cpu(), pixels_of(image_processor, image), atol=GREY_LEVEL)
+
+
+def test_alpha_of_a_tensor_is_composited_on_white(image_processor):
+    image = random_image(size=(90, 70)).convert("RGBA")
+    image.putalpha(random_image(1, size=(90, 70)).convert("L"))
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    want = raw(image_processor, image).astype(int)
+    np.testing.assert_allclose(raw(image_processor, tensor), want, atol=2)  # composited and resized: two roundings
+    assert raw(image_processor, torch.zeros(4, 30, 30, dtype=torch.uint8)).min() == 255
 
 
 def test_floats_keep_their_precision(image_processor):
@@ -169,9 +208,10 @@ def test_integers_above_8_bits_need_a_rescale_factor(image_processor):
 def test_grey_and_transparent_floats_are_converted_to_rgb(image_processor):
     grey = np.full((30, 20), 0.25, np.float32)
     for same in (grey[:, :, None], grey[None]):
-        np.testing.assert_allclose(pixels_of(image_processor, same, do_rescale=False, do_normalize=False), 0.25)
+        pixels = pixels_of(image_processor, same, do_rescale=False, do_normalize=False)
+        np.testing.assert_allclose(pixels, 0.25, atol=1e-6)
     clear = np.zeros((30, 20, 4), np.float32)
-    np.testing.assert_allclose(pixels_of(image_processor, clear, do_rescale=False, do_normalize=False), 1.0)
+    np.testing.assert_allclose(pixels_of(image_processor, clear, do_rescale=False, do_normalize=False), 1.0, atol=1e-6)
     np.testing.assert_allclose(pixels_of(image_processor, clear, do_normalize=False), 1.0, atol=1e-6)
 
 
