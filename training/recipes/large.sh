@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # large from base to both released checkpoints: bash training/recipes/large.sh DATA OUT BASE
 #
-# BASE is the checkpoint of base that large grows from (Net2Net): base-short, which the package contains, or
+# BASE is the checkpoint of base that large grows from (Net2Net): base-short, which is in this repository, or
 # OUT/base_short/best of base.sh. A recipe that was interrupted goes on where it stopped. The checkpoints are
 # OUT/large_short/best and OUT/large_long/best.
 set -euo pipefail
