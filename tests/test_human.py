@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nanovlm_hf import InputError
+from nanovlm_hf.errors import UsageError
 from nanovlm_hf.evaluation.completions import Row, write_json
 from nanovlm_hf.evaluation.human import krippendorff_alpha, score_ratings, write_sheet
 from nanovlm_hf.evaluation.judge import CRITERIA
@@ -46,6 +47,16 @@ def test_the_form_is_blind_and_shuffled(sheet):
     assert sorted(order) == sorted((row.item_id, row.model) for row in ROWS)
     assert order != [(row.item_id, row.model) for row in ROWS]
     assert content["sheet"] in text
+
+
+def test_the_key_of_another_form_is_kept(sheet, tmp_path):
+    page, key = sheet
+    before = key.read_text()
+    write_sheet(ROWS, {}, page)
+    assert key.read_text() == before, "the same form"
+    with pytest.raises(UsageError, match=r"sheet\.key\.json belongs to another sheet"):
+        write_sheet(ROWS[:4], {}, page)
+    assert key.read_text() == before
 
 
 def ratings_of(key, tmp_path, name, rate):

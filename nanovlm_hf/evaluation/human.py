@@ -22,6 +22,7 @@ from . import judge
 from .completions import Row, shown_item
 from .intervals import bootstrap
 from .judge import HIGHEST, Grade
+from .sheets import refuse_other_key
 from .templates import render
 
 
@@ -52,6 +53,9 @@ def write_sheet(rows: list[Row], images: dict[str, Image.Image], out: Path, seed
 
     Returns:
         The path of the key, which raters do not need.
+
+    Raises:
+        UsageError: if the key of another sheet is there.
     """
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
@@ -65,9 +69,10 @@ def write_sheet(rows: list[Row], images: dict[str, Image.Image], out: Path, seed
         }
         for row in shuffled
     ]
+    key_path = out.with_suffix(".key.json")
+    refuse_other_key(key_path, sheet_id, f"--out {out}")
     with atomic_write(out) as file:
         file.write(render("sheet.html", sheet_id=sheet_id, items=shown, criteria=judge.CRITERIA, highest=HIGHEST))
-    key_path = out.with_suffix(".key.json")
     with atomic_write(key_path) as file:
         key = [{"item_id": row.item_id, "model": row.model} for row in shuffled]
         file.write(json.dumps({"sheet": sheet_id, "items": key}, indent=1) + "\n")

@@ -82,7 +82,7 @@ def write_grading_sheet(
         The path of the key, and the number of texts.
 
     Raises:
-        UsageError: if the folder has files, which may be grades.
+        UsageError: if the folder has files, which may be grades, or the key of another sheet is next to it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: it exists, and may hold grades: choose another folder")
@@ -92,6 +92,8 @@ def write_grading_sheet(
     texts.sort(key=_identity)
     random.Random(seed).shuffle(texts)
     sheet = _sheet_id(texts, seed)
+    key_path = key_of(out)
+    refuse_other_key(key_path, sheet, f"--out {out}")
     names = {item_id: f"images/{number:03d}.jpg" for number, item_id in enumerate(images, start=1)}
     key, lines = [], []
     for number, text in enumerate(texts, start=1):
@@ -113,9 +115,17 @@ def write_grading_sheet(
         counts = {"texts": len(lines), "texts_with_image": len(with_image)}
         criteria = ", ".join(judge.CRITERIA)
         file.write(render("instructions.md", prompt=paper_prompt(), criteria=criteria, highest=HIGHEST, **counts))
-    key_path = key_of(out)
     write_json(key_path, Key(sheet=sheet, items=key).model_dump())
     return key_path, len(lines)
+
+
+def refuse_other_key(path: Path, sheet: str, where: str) -> None:
+    """Raise UsageError if the key of another sheet, whose grades would be lost without it, has this path."""
+    if not path.exists():
+        return
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("sheet") != sheet:
+        raise UsageError(f"{where}: {path.name} belongs to another sheet: choose another name")
 
 
 def key_of(folder: Path) -> Path:
