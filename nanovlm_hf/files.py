@@ -199,8 +199,20 @@ def read_yaml(path: str | Path, max_bytes: int = 2**20) -> Any:
     """Return the content of a YAML file of plain values.
 
     Raises:
-        InputError: as `read_text`; if the file is not YAML or contains a duplicate key, a merge key or a tag of a
-            Python object; and if its aliases expand to too many values, or are recursive.
+        InputError: as `read_text` and `parse_yaml`.
+    """
+    return parse_yaml(read_text(path, max_bytes), path)
+
+
+def parse_yaml(text: str, path: str | Path) -> Any:
+    """Return the plain values of a YAML text.
+
+    Args:
+        path: source for error messages.
+
+    Raises:
+        InputError: if the text is not YAML or contains a duplicate key, a merge key or a tag of a Python object; and if
+            its aliases expand to too many values, or are recursive.
     """
     import yaml
 
@@ -215,7 +227,6 @@ def read_yaml(path: str | Path, max_bytes: int = 2**20) -> Any:
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
 
-    text = read_text(path, max_bytes)
     try:
         content = yaml.load(text, Loader=Loader)
     except RecursionError:

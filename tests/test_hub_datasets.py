@@ -221,6 +221,10 @@ def test_links_are_not_published(run, dataset, tmp_path):
         assert "leads out of this folder" in errors[-1] or "not a Parquet file of the dataset" in errors[-1]
 
 
+ALIASES = f"---\np: &p [{'p, ' * 2000}]\nd: &d [{'{path: *p}, ' * 2000}]\n"
+ALIASES += f"configs: [{'{data_files: *d}, ' * 2000}]\n---\n"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -235,6 +239,7 @@ def test_links_are_not_published(run, dataset, tmp_path):
         lambda text: "---\na: " + "9" * 5000 + "\n---\n",
         lambda text: "---\na: !!python/object/apply:os.system [true]\n---\n",
         lambda text: "---\n\tx\n---\n",
+        lambda text: ALIASES,
         lambda text: text.replace("license: other", "license: 7"),
         lambda text: text.replace("license: other", "license: [mit]"),
         lambda text: text.replace("license: other\n", ""),

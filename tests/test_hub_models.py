@@ -197,6 +197,59 @@ def test_a_repository_of_another_model_is_unchanged(hub, tmp_path):
     assert len([entry for entry in hub.entries() if "/commit/" in entry["path"]]) == before
 
 
+UPLOAD = """
+import sys, huggingface_hub as hub
+repo, kind, folder = sys.argv[1:]
+api = hub.HfApi()
+api.create_repo(repo, repo_type=kind, exist_ok=True, **({"space_sdk": "static"} if kind == "space" else {}))
+api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder)
+"""
+
+
+def upload(hub, home, repo, kind, folder, files):
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}")
+    subprocess.run([sys.executable, "-c", UPLOAD, repo, kind, folder], env=online(hub, home), check=True, timeout=600)
+
+
+def commits(hub):
+    return len([entry for entry in hub.entries() if "/commit/" in entry["path"]])
+
+
+@pytest.mark.slow
+def test_other_contents_of_a_repository_are_kept(hub, tmp_path):
+    home = tmp_path / "home"
+    upload(hub, home, "org/lora", "model", tmp_path / "lora", ["adapter_config.json", "adapter_model.safetensors"])
+    upload(hub, home, "org/app", "space", tmp_path / "app", ["index.html"])
+    before = commits(hub)
+    lora, app, first, private = run_commands(
+        hub,
+        home,
+        ("hf_write", ["push", "mini-short", "org/lora"]),
+        ("hf_write", ["demo", "--push", "org/app"]),
+        ("hf_write", PUSH),
+        ("hf_write", [*PUSH, "--private"]),
+    )
+    assert only_line(lora.stderr.splitlines()).startswith(
+        "nanovlm: org/lora: it holds adapter_config.json and no model"
+    )
+    assert "org/app: it already holds another app (index.html)" in app.stderr
+    assert first.returncode == 0, first.stderr
+    assert "org/tiny: it exists and is public: make it private" in only_line(private.stderr.splitlines())
+    assert [one.returncode for one in (lora, app, private)] == [1, 1, 1]
+    assert commits(hub) == before + 1
+    upload(hub, home, "org/tiny", "model", tmp_path / "more", ["old.safetensors", "extra/weights.safetensors"])
+    (again,) = run_commands(hub, home, ("hf_write", PUSH))
+    assert again.returncode == 0, again.stderr
+    listing = "import huggingface_hub as hub; print(*hub.HfApi().list_repo_files('org/tiny'))"
+    environment = online(hub, home, token=None)
+    done = subprocess.run([sys.executable, "-c", listing], env=environment, capture_output=True, text=True, check=True)
+    assert "extra/weights.safetensors" in done.stdout.split()
+    assert "old.safetensors" not in done.stdout.split()
+
+
 @pytest.mark.slow
 def test_refused_tokens_and_one_that_the_server_repeats(hub, tmp_path):
     """Tokens of the environment, and then one of a file, as `hf auth login` writes it."""
@@ -226,7 +279,7 @@ for number, content in enumerate(contents):
     api.upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id=f"org/tiny{number}")
     try:
         with hub_errors(f"org/tiny{number}"):
-            _check_same_model_type(api, f"org/tiny{number}")
+            _check_same_model_type(api, f"org/tiny{number}", ["config.json"])
         print("accepted")
     except InputError as error:
         print(len(str(error).splitlines()), error)
@@ -285,7 +338,7 @@ def test_weights_are_published_unchanged(staged):
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_nanovlm.")
     assert {name: value for name, value in config.items() if name != "auto_map"} == json.loads(before["config.json"])
-    assert len(list(folder.glob("*.py"))) == 8
+    assert len(list(folder.glob("*.py"))) == 9
     assert {path.name: path.read_bytes() for path in SHIPPED["mini-short"].iterdir() if path.is_file()} == before
 
 
@@ -293,6 +346,22 @@ def test_without_code(staged):
     folder = staged(code=False)
     assert not list(folder.glob("*.py"))
     assert not any("auto_map" in path.read_text() for path in folder.glob("*.json"))
+
+
+def test_an_auto_map_of_other_code_is_not_published(staged, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(SHIPPED["mini-short"], checkpoint)
+    for name in ("config.json", "tokenizer_config.json"):
+        fields = json.loads((checkpoint / name).read_text()) | {"auto_map": {"AutoConfig": "other/code--config.Config"}}
+        (checkpoint / name).write_text(json.dumps(fields))
+    before = (checkpoint / "config.json").read_bytes()
+    folder = staged(checkpoint, code=False)
+    assert not any("auto_map" in path.read_text() for path in folder.glob("*.json"))
+    assert (checkpoint / "config.json").read_bytes() == before
+    shutil.rmtree(folder)
+    folder = staged(checkpoint)
+    assert not any("other/code" in path.read_text() for path in folder.glob("*.json"))
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize(

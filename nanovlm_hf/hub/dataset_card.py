@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
@@ -21,7 +20,7 @@ from ..data.schema import IMAGE_FEATURES, TEXT_FEATURES
 from ..data.splits import SPLITS
 from ..data.statistics import plot
 from ..errors import InputError, first_line
-from ..files import atomic_write, named_disk_errors, read_text, validate
+from ..files import atomic_write, named_disk_errors, parse_yaml, read_text, validate
 from ..variants import VARIANTS
 
 ABOUT, END_OF_ABOUT = "<!-- about -->", "<!-- end of about -->"
@@ -159,11 +158,12 @@ def read_card(folder: Path) -> Card:
     path = folder / "README.md"
     parts = read_text(path).split("---\n", 2)
     try:
-        metadata = validate(yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None, _FrontMatter, path)
+        metadata = validate(
+            parse_yaml(parts[1], path) if len(parts) == 3 and not parts[0] else None, _FrontMatter, path
+        )
         data_files = [entry for config in metadata.configs for entry in config["data_files"]]
         names = [name for entry in data_files for name in validate(entry["path"], list[str], path)]
-    # In addition to YAML's own errors, invalid dates and numbers raise others.
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         remedy = "`nanovlm data card` writes it again"
         raise InputError(f"{path}: its front matter is not that of `nanovlm data build`: {remedy}") from None
     about = re.search(re.escape(ABOUT) + r"\n(.*?)\n" + re.escape(END_OF_ABOUT), parts[2], re.DOTALL)

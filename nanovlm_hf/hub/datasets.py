@@ -12,6 +12,7 @@ from ..files import inside, link_or_copy, named_disk_errors
 from ..variants import VARIANTS
 from .auth import hub_errors, need_name, need_token
 from .dataset_card import TAG, read_card, write_card
+from .repositories import existing_files
 
 
 def write_repositories(
@@ -91,15 +92,15 @@ def push_dataset(
         namespace: user or organization on the Hub.
         license: licence for the cards; that of the dataset's card if None.
         about: Markdown about the origin for the cards; that of the dataset's card if None.
-        private: create private repositories.
+        private: whether the repositories have to be private.
 
     Returns:
         Addresses of the repositories.
 
     Raises:
         UsageError: if the name is invalid or there is no token.
-        InputError: if a repository holds anything else than a dataset of this package, or the Hub refuses the upload or
-            cannot be reached; the repository is then unchanged.
+        InputError: if a repository holds anything else than a dataset of this package or is public although it has to
+            be private, or the Hub refuses the upload or cannot be reached; the repository is then unchanged.
     """
     for variant in VARIANTS.values():
         need_name(f"{namespace}/{variant.title}")
@@ -110,7 +111,7 @@ def push_dataset(
         folders = write_repositories(dataset, stage, license, about, namespace)
         for folder in folders:
             with hub_errors(f"{namespace}/{folder.name}"):
-                _check_repository(api, f"{namespace}/{folder.name}")
+                _check_repository(api, f"{namespace}/{folder.name}", private)
         for folder in folders:
             repository = f"{namespace}/{folder.name}"
             with hub_errors(repository):
@@ -135,11 +136,7 @@ def unpublished(dataset: str | Path) -> list[str]:
     return sorted(name for name in names if name not in listed and name not in VARIANTS)
 
 
-def _check_repository(api: HfApi, repository: str) -> None:
+def _check_repository(api: HfApi, repository: str, private: bool) -> None:
     """Refuse to overwrite a repository that is not a dataset of this package."""
-    if not api.repo_exists(repository, repo_type="dataset"):
-        return
-    info = api.dataset_info(repository)
-    files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
-    if files and TAG not in (info.tags or []):
+    if existing_files(api, repository, "dataset", private) and TAG not in (api.dataset_info(repository).tags or []):
         raise InputError(f"{repository}: holds another dataset: remove it or use another namespace")

@@ -14,6 +14,7 @@ from ..errors import InputError, warn
 from ..files import read_json
 from .auth import hub_errors, need_name, need_token
 from .publishable import skipped_line
+from .repositories import existing_files
 from .staging import stage_checkpoint, stage_page, stage_space
 
 MAX_CONFIG = 1_000_000  # bytes of a config.json
@@ -37,7 +38,7 @@ def push_checkpoint(
         repo_id: `namespace/name`.
         code: whether to add the Python files and the `auto_map` with which it loads without this package.
         onnx: whether to export it to `onnx/` as well, for onnxruntime and transformers.js.
-        private: whether a new repository is private.
+        private: whether the repository has to be private.
         dry_run: whether to stop before any request to the Hub.
 
     Returns:
@@ -45,8 +46,9 @@ def push_checkpoint(
 
     Raises:
         UsageError: for an invalid name, or if there is no token.
-        InputError: if the checkpoint cannot be published (see `stage_checkpoint`), the repository holds another kind
-            of model, or the Hub refuses the upload or cannot be reached; the repository is then unchanged.
+        InputError: if the checkpoint cannot be published (see `stage_checkpoint`), the repository holds anything but a
+            checkpoint of this package or is public although it has to be private, or the Hub refuses the upload or
+            cannot be reached; the repository is then unchanged.
     """
     api = _hub(repo_id, dry_run)
     with tempfile.TemporaryDirectory() as name:
@@ -58,13 +60,13 @@ def push_checkpoint(
         staged = [(path.relative_to(stage).as_posix(), path.stat().st_size) for path in paths]
         if not dry_run:
             with hub_errors(repo_id):
-                _check_same_model_type(api, repo_id)
+                before = existing_files(api, repo_id, "model", private)
+                _check_same_model_type(api, repo_id, before)
                 api.create_repo(repo_id, private=private or None, exist_ok=True)
                 api.upload_folder(
                     repo_id=repo_id,
                     folder_path=stage,
-                    # Files of an earlier upload that this one does not have.
-                    delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py", "onnx/*"],
+                    delete_patterns=[name for name in before if _is_of_a_checkpoint(name)],
                     commit_message=f"Upload {Path(checkpoint).name}",
                 )
     return f"{api.endpoint}/{repo_id}", staged
@@ -89,9 +91,10 @@ def push_space(repo_id: str) -> str:
 
     Raises:
         UsageError: for an invalid name, or if there is no token.
-        InputError: if a checkpoint cannot be published, or the Hub refuses the upload or cannot be reached.
+        InputError: if a checkpoint cannot be published, the Space holds another app, or the Hub refuses the upload or
+            cannot be reached.
     """
-    return _push_space(repo_id, "gradio", stage_space, ["nanovlm_hf/**", "checkpoints/**"])
+    return _push_space(repo_id, "gradio", stage_space, ["nanovlm_hf/", "checkpoints/"])
 
 
 def push_static_space(repo_id: str) -> str:
@@ -105,30 +108,43 @@ def push_static_space(repo_id: str) -> str:
 
     Raises:
         UsageError: for an invalid name, or if there is no token.
-        InputError: if a checkpoint cannot be exported, or the Hub refuses the upload or cannot be reached.
+        InputError: if a checkpoint cannot be exported, the Space holds another app, or the Hub refuses the upload or
+            cannot be reached.
     """
-    return _push_space(repo_id, "static", stage_page, ["assets/**", "models/**"])
+    return _push_space(repo_id, "static", stage_page, ["models/", "assets/"])
 
 
 def _push_space(repo_id: str, sdk: str, stage: Callable[[Path], None], replaced: list[str]) -> str:
+    """Upload a Space; an earlier upload is recognised by the first of the folders that are replaced."""
     api = _hub(repo_id)
     with tempfile.TemporaryDirectory() as name:
         stage(Path(name))
         with hub_errors(repo_id):
+            before = existing_files(api, repo_id, "space")
+            if before and not any(file.startswith(replaced[0]) for file in before):
+                raise InputError(f"{repo_id}: it already holds another app ({before[0]}): choose another Space")
             api.create_repo(repo_id, repo_type="space", space_sdk=sdk, exist_ok=True)
             api.upload_folder(
                 repo_id=repo_id,
                 repo_type="space",
                 folder_path=name,
-                delete_patterns=replaced,
+                delete_patterns=[file for file in before if file.startswith(tuple(replaced))],
                 commit_message="Upload the demo",
             )
     return f"{api.endpoint}/spaces/{repo_id}"
 
 
-def _check_same_model_type(api: HfApi, repo_id: str) -> None:
-    if not (api.repo_exists(repo_id) and api.file_exists(repo_id, "config.json")):
+def _is_of_a_checkpoint(name: str) -> bool:
+    """Return whether a file may be one of an earlier upload that a later one does not have."""
+    ours = name.endswith((".safetensors", ".safetensors.index.json", ".py"))
+    return name.startswith("onnx/") or ("/" not in name and ours)
+
+
+def _check_same_model_type(api: HfApi, repo_id: str, before: list[str]) -> None:
+    if not before:
         return
+    if "config.json" not in before:
+        raise InputError(f"{repo_id}: it holds {before[0]} and no model of this kind: choose another repository")
     size = get_hf_file_metadata(hf_hub_url(repo_id, "config.json", endpoint=api.endpoint)).size or 0
     config = None
     if size <= MAX_CONFIG:

@@ -60,6 +60,8 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
         model, processor = load_model(str(folder))  # it has to load without the files that are not published
         if onnx:
             _add_onnx(folder)
+        for file in WITH_AUTO_MAP:
+            _set_auto_map(folder / file, None)  # it may name the code of another project
         if code:
             _add_code(model, processor, folder)
     except InputError as error:
@@ -92,13 +94,21 @@ def _add_code(model: Any, processor: Any, folder: Path) -> None:
         for path in saved.glob("*.py"):
             shutil.copyfile(path, folder / path.name)
         for file in WITH_AUTO_MAP:
-            if not ((saved / file).exists() and (folder / file).exists()):
-                continue
-            auto_map = read_json(saved / file).get("auto_map")
-            if auto_map is not None:
-                fields = validate(read_json(folder / file), dict[str, Any], file) | {"auto_map": auto_map}
-                (folder / file).unlink()  # it may be a hard link to the checkpoint's own
-                (folder / file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            if (saved / file).exists():
+                _set_auto_map(folder / file, read_json(saved / file).get("auto_map"))
+
+
+def _set_auto_map(path: Path, auto_map: dict[str, str] | None) -> None:
+    """Set or remove the `auto_map` of a staged configuration file, if there is such a file."""
+    if not path.exists():
+        return
+    before = validate(read_json(path), dict[str, Any], path.name)
+    fields = {name: value for name, value in before.items() if name != "auto_map"}
+    if auto_map is not None:
+        fields["auto_map"] = auto_map
+    if fields != before:
+        path.unlink()  # it may be a hard link to the checkpoint's own
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def stage_space(folder: Path) -> None:
