@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
 
-from .completion_files import Completion, find_images
+from .completion_files import DEFAULT_NEW_TOKENS, Completion, find_images
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, completion_line
 from .images import open_image_file
@@ -21,7 +21,6 @@ from .processing_nanovlm import NanoVLMProcessor
 
 BATCH_SIZE = 16
 GREEDY_REPETITION_PENALTY = 1.2
-DEFAULT_NEW_TOKENS = 96  # a LongDesc has 75 tokens on average and 88 at most
 
 
 def complete(

@@ -10,6 +10,9 @@ from pathlib import Path
 from .errors import printable
 from .images import scan_folder
 
+DEFAULT_NEW_TOKENS = 96  # a LongDesc has 75 tokens on average and 88 at most
+LOWEST_TEMPERATURE = 0.01  # below, logits divided by it overflow
+
 
 @dataclass
 class Completion:

@@ -17,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pydantic import Field
 from safetensors import safe_open
 
-from .checkpoint_files import Strict, load_decoding, load_processor, read_object
+from .checkpoint_files import load_decoding, load_processor
 from .checkpoints import NAMES, SHIPPED
 from .compat_nanovlm import mismatched_weights
 from .configuration_nanovlm import NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig, refuse_other_project
@@ -26,6 +26,7 @@ from .errors import InputError, first_line, scrub
 from .files import validate
 from .modeling_nanovlm import NanoVLMForConditionalGeneration
 from .processing_nanovlm import NanoVLMProcessor
+from .untrusted_files import Strict, read_object
 
 MAX_HEADER = 2**24  # bytes of the header of a safetensors file
 # Far above models of this kind: large has 26 million parameters and reads 224 x 224 pixels in 196 patches.

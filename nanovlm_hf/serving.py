@@ -25,6 +25,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from .completion import finite_logits, fit_new_tokens, greedy_settings
+from .completion_files import LOWEST_TEMPERATURE
 from .errors import InputError, first_line
 from .files import parse_json, validate
 from .images import open_image_file
@@ -38,7 +39,6 @@ MAX_WAITING = 32  # connections at a time, from which on new ones are answered w
 MAX_PARTS = 64  # messages of a request, and parts of a message
 MAX_TEXT = 10_000  # characters; the model reads about a thousand
 SHUTDOWN_SECONDS = 10  # in which running requests may finish
-LOWEST_TEMPERATURE = 0.01  # below, logits divided by it overflow
 
 
 class _Settings(BaseModel):

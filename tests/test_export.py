@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nanovlm_hf import InputError, cli
 from nanovlm_hf.errors import UsageError
@@ -77,6 +78,76 @@ def test_layout_and_configuration_are_those_of_transformers_js(exported):
     assert shapes["past_key_values.1.value"] == ["batch_size", 4, "past_sequence_length", 8]
     assert shapes["present.0.key"] == ["batch_size", 4, "total_sequence_length", 8]
     assert shapes["logits"] == ["batch_size", "sequence_length", 320]
+
+
+def test_an_export_names_no_path(exported):
+    folder, _, _ = exported
+    for path in folder.glob("onnx/*.onnx"):
+        content = path.read_bytes()
+        assert b'File "' not in content, path.name
+        assert str(Path(onnx.__file__).parents[1]).encode() not in content
+
+
+def test_an_export_of_other_weights_removes_the_earlier_graphs(exported, tokenizer, tmp_path):
+    folder, _, checkpoint = exported
+    copy = tmp_path / "onnx"
+    shutil.copytree(folder, copy)
+    export_onnx(str(checkpoint), copy, "fp16")
+    assert (copy / "onnx" / "decoder_model_merged.onnx").exists(), "of the same weights"
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.endswith("fc1.bias"))
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    export_onnx(str(other), copy, "int8")
+    assert {path.stem for path in copy.glob("onnx/*.json")} == {"export_int8"}
+    assert all(path.stem.endswith("_quantized") for path in copy.glob("onnx/*.onnx"))
+
+
+def test_ngrams_and_several_end_tokens(exported, tmp_path):
+    folder, _, _ = exported
+    image = random_image()
+    text = OnnxModel(folder).complete(image, "There", max_new_tokens=30)
+    odd = tmp_path / "odd"
+    shutil.copytree(folder, odd)
+    path = odd / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"repetition_penalty": 1.0, "no_repeat_ngram_size": 1}))
+    model = OnnxModel(odd)
+    tokens = model.generate(model.encode(image), [model.image_token_id], 30)
+    assert len(set(tokens)) == len(tokens)
+    path.write_text(json.dumps(settings | {"eos_token_id": [settings["eos_token_id"], tokens[0]]}))
+    assert OnnxModel(odd).eos_tokens == {settings["eos_token_id"], tokens[0]}
+    assert OnnxModel(folder).complete(image, "  There ", max_new_tokens=30) == text
+
+
+def test_a_hostile_export_is_one_line(exported, tmp_path):
+    folder, _, _ = exported
+    odd = tmp_path / "odd"
+    shutil.copytree(folder, odd)
+    for name, change in (
+        ("generation_config.json", {"suppress_tokens": [999_999]}),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}),
+    ):
+        content = (odd / name).read_text()
+        (odd / name).write_text(json.dumps(json.loads(content) | change))
+        with pytest.raises(InputError, match="odd"):
+            OnnxModel(odd)
+        (odd / name).write_text(content)
+    config = json.loads((odd / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"do not fit config\.json"):
+        OnnxModel(odd).complete(random_image(), "There")
+
+
+def test_decoding_that_the_runtimes_do_not_apply_is_refused(tmp_path, tokenizer):
+    checkpoint = save(tmp_path / "checkpoint", tokenizer)
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"begin_suppress_tokens": [5]}))
+    with pytest.raises(InputError, match="begin_suppress_tokens: the exported model cannot apply it"):
+        export_onnx(str(checkpoint), tmp_path / "onnx")
 
 
 def test_the_pixels_are_the_image_processors(exported):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Exit
 
+from ..completion_files import LOWEST_TEMPERATURE
 from ..errors import UsageError, printable
 from .quiet import quiet
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ..completion_files import Completion
 
 FAILURE = 1
+HIGHEST_TEMPERATURE = 100.0
+HIGHEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: limit after the prefix; None for as many as fit.
         num_beams: 1 is greedy search; None uses the checkpoint's value, or 1 when sampling.
-        temperature: above 0 samples.
+        temperature: 0 does not sample, 0.01 to 100 does.
         num_return_sequences: completions of each image.
         seed: of sampling; None leaves it random.
         blind: also complete the prefix for a blank image.
 
     Raises:
-        UsageError: if more completions are requested than there are beams.
+        UsageError: if the temperature is out of range, or more completions are requested than there are beams.
     """
 
     max_new_tokens: int | None
@@ -48,6 +51,9 @@ class GenerationOptions:
     blind: bool
 
     def __post_init__(self) -> None:
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
+            limits = f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}"
+            raise UsageError(f"--temperature {self.temperature:g}: it is 0, which does not sample, or {limits}")
         wanted = self.num_return_sequences
         if wanted > 1 and self.temperature == 0 and (self.num_beams or 1) < wanted:
             raise UsageError(
@@ -89,7 +95,9 @@ def complete(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 does not sample.")] = 0.0,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Number of completions for each image.")] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed for sampling.", show_default="random")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=HIGHEST_SEED, help="Seed for sampling.", show_default="random")
+    ] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Also complete the prefix for a blank image.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines.")] = False,
 ) -> None:

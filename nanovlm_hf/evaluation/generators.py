@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
-from ..checkpoint_files import is_refusal
 from ..checkpoints import NAMES
 from ..completion import DEFAULT_NEW_TOKENS, finite_logits
 from ..configuration_nanovlm import NanoVLMConfig
@@ -18,6 +17,7 @@ from ..devices import default_device
 from ..errors import InputError, first_line
 from ..loading import load_model, local_folder, locate, read_config
 from ..processing_nanovlm import NanoVLMProcessor
+from ..untrusted_files import is_refusal
 
 # The paper's three models (Table 3; its GIT has 350M parameters, as git-large) and a recent small one.
 BASELINES = (

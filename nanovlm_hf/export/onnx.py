@@ -8,6 +8,7 @@ checkpoint. The decoder takes and returns its KV cache, which may be empty: one 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import shutil
@@ -30,11 +31,13 @@ from .runtime import graph_path
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.message import Message
 
     from ..modeling_nanovlm import NanoVLMForConditionalGeneration
     from ..processing_nanovlm import NanoVLMProcessor
 
 EXPORTER = "nanovlm_hf"
+UNSUPPORTED_DECODING = ("bad_words_ids", "begin_suppress_tokens", "min_new_tokens", "min_length")
 SMALLEST_HALF = 1024  # elements from which a weight is stored in half precision
 QUANTISED_OPERATORS = ["MatMul", "Gemm", "Gather"]
 _DIMENSIONS = {
@@ -130,7 +133,10 @@ def write_onnx(
     model = model.to("cpu", torch.float32).eval()
     model.set_attn_implementation("eager")
     (out / "onnx").mkdir(parents=True, exist_ok=True)
-    write_configuration(model, processor, out)
+    digest = weights_digest(model)
+    if _is_export(out) and read_json(out / "config.json").get("weights_sha256") != digest:
+        _remove_graphs(out)
+    write_configuration(model, processor, out, digest)
     sizes = {}
     for name, graph in export_graphs(model):
         path = graph_path(out, name, dtype)
@@ -139,6 +145,21 @@ def write_onnx(
         partial.replace(path)
         sizes[path.name] = path.stat().st_size
     return model, processor, sizes
+
+
+def weights_digest(model: NanoVLMForConditionalGeneration) -> str:
+    """Return a SHA-256 of the weights' names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _remove_graphs(out: Path) -> None:
+    """Remove the graphs of other weights, before a configuration is written that does not belong to them."""
+    for path in (*out.glob("onnx/*.onnx"), *out.glob("onnx/export_*.json")):
+        path.unlink()
 
 
 def refuse_other_contents(out: Path) -> None:
@@ -215,7 +236,19 @@ def _exported(
             if label is not None and not dimension.HasField("dim_value"):
                 dimension.dim_param = label
     del graph.graph.value_info[:]  # shapes in the exporter's own names
+    _remove_notes(graph)
     return graph
+
+
+def _remove_notes(message: Message) -> None:
+    """Remove the exporter's notes from a graph and all its parts: they name source files by their paths."""
+    for name in ("metadata_props", "doc_string"):
+        if name in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(name)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in (value,) if hasattr(value, "ListFields") else value:
+                _remove_notes(part)
 
 
 @contextmanager
@@ -278,15 +311,27 @@ def _quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(target)
 
 
-def write_configuration(model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, out: Path) -> None:
+def write_configuration(
+    model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, out: Path, digest: str
+) -> None:
     """Write the configuration files of an exported folder.
 
     transformers.js knows architectures by `model_type` and cannot be given another one, so the folder calls itself a
     Llava: an image token whose embeddings are replaced by image features in front of a decoder with a KV cache.
+
+    Args:
+        digest: of the weights, which `config.json` names.
+
+    Raises:
+        InputError: if the checkpoint's decoding uses a setting that the runtimes do not apply.
     """
+    for name in UNSUPPORTED_DECODING:
+        if getattr(model.generation_config, name, None):
+            raise InputError(f"generation_config.json: {name}: the exported model cannot apply it: remove it")
     text = model.config.text_config
     config = {
         "exported_by": EXPORTER,
+        "weights_sha256": digest,
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": model.config.image_token_id,

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,10 @@ def exported_folder(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
         partial = Path(temporary) / "export"
         write_onnx(name, partial, DTYPE)
-        cached.rmdir()  # `cached_assets_path` creates it
-        os.replace(partial, cached)
+        with suppress(OSError):  # another process may be as far as this one
+            os.replace(partial, cached)  # which `cached_assets_path` has made, and is empty
+    if not (cached / "onnx").is_dir():
+        raise OSError(f"{cached}: the export cannot be stored there")
     return cached
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import tempfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -40,6 +41,14 @@ class PageHandler(SimpleHTTPRequestHandler):
         pass
 
 
+class PageServer(ThreadingHTTPServer):
+    """A server that says nothing when a browser ends a download, as it does when a tab is closed."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def serve_page(port: int | None = None) -> None:
     """Build the page and serve it on localhost until Ctrl-C.
 
@@ -71,7 +80,7 @@ def page_server(folder: Path, port: int | None = None) -> ThreadingHTTPServer:
     handler = partial(PageHandler, directory=str(folder))
     for candidate in PORTS if port is None else (port,):
         try:
-            return ThreadingHTTPServer((HOST, candidate), handler)
+            return PageServer((HOST, candidate), handler)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt
 
-from ..completion_files import Completion, find_images
-from ..errors import InputError, UsageError, completion_line
-from ..files import read_json, validate
+from ..completion_files import DEFAULT_NEW_TOKENS, Completion, find_images
+from ..errors import InputError, UsageError, completion_line, first_line
+from ..files import validate
 from ..images import open_image_file
 from ..pillow_nanovlm import central_square
+from ..untrusted_files import is_refusal, read_object, read_tokenizer
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
@@ -24,9 +29,11 @@ T = TypeVar("T", bound=BaseModel)
 
 
 Length = Annotated[int, Field(ge=1, le=4096)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _TextConfig(BaseModel):
+    vocab_size: PositiveInt
     hidden_size: Length
     num_attention_heads: Length
     num_hidden_layers: Length
@@ -40,10 +47,11 @@ class _Config(BaseModel):
 
 
 class _Generation(BaseModel):
-    eos_token_id: NonNegativeInt
-    max_new_tokens: PositiveInt = 96
-    repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] = 1.0
-    suppress_tokens: list[NonNegativeInt] = []
+    eos_token_id: Token | Annotated[list[Token], Field(min_length=1)]
+    max_new_tokens: PositiveInt | None = None
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    no_repeat_ngram_size: NonNegativeInt | None = None
+    suppress_tokens: list[Token] | None = None
 
 
 class _Size(BaseModel):
@@ -87,17 +95,25 @@ class OnnxModel:
             wanted = f"{dtype} " if dtype else ""
             raise InputError(f"{folder}: there are no {wanted}graphs in onnx/: write them with `nanovlm export`")
         self.dtype = dtype or found[0]
-        config = _read(folder / "config.json", _Config)
-        self.generation = _read(folder / "generation_config.json", _Generation)
-        self.preprocessor = _read(folder / "preprocessor_config.json", _Preprocessor)
+        self.folder = folder
+        config = _read(folder, "config.json", _Config)
+        self.generation = _read(folder, "generation_config.json", _Generation)
+        self.preprocessor = _read(folder, "preprocessor_config.json", _Preprocessor)
+        eos, suppressed = self.generation.eos_token_id, self.generation.suppress_tokens or []
+        self.eos_tokens = {eos} if isinstance(eos, int) else set(eos)
+        if max([config.image_token_index, *suppressed]) >= config.text_config.vocab_size:
+            raise InputError(f"{folder}: config.json has {config.text_config.vocab_size} tokens, and others are named")
         self.image_token_id, self.image_tokens = config.image_token_index, config.image_seq_length
         self.positions = config.max_position_embeddings
         self.layers, self.heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
         self.head_size = config.text_config.hidden_size // self.heads
+        content, _ = read_tokenizer(folder)
         try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises plain exceptions
-            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+            self.tokenizer = Tokenizer.from_str(json.dumps(content))
+        except BaseException as error:
+            if not is_refusal(error):
+                raise
+            raise InputError(f"{folder / 'tokenizer.json'}: cannot be loaded ({first_line(error)})") from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -108,7 +124,7 @@ class OnnxModel:
                 for name in GRAPHS
             )
         except Exception as error:  # onnxruntime's own kinds, which it does not export
-            raise InputError(f"{folder}: the graphs in onnx/ cannot be loaded ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{folder}: the graphs in onnx/ cannot be loaded ({first_line(error)})") from None
 
     def pixel_values(self, image: Image.Image) -> np.ndarray:
         """Return an RGB image as the vision encoder takes it, (1, 3, height, width)."""
@@ -134,14 +150,14 @@ class OnnxModel:
 
     def encode(self, image: Image.Image) -> np.ndarray:
         """Return the projected features of an RGB image, (1, image tokens, C)."""
-        return self.vision.run(None, {"pixel_values": self.pixel_values(image)})[0]
+        return self._run(self.vision, {"pixel_values": self.pixel_values(image)})[0]
 
     def complete(self, image: Image.Image, prefix: str = "", max_new_tokens: int | None = None) -> str:
         """Return the prefix with its completion, as one line.
 
         Args:
             image: RGB image of any size.
-            prefix: beginning of the sentence; trailing white space is dropped.
+            prefix: beginning of the sentence; white space around it is dropped.
             max_new_tokens: limit; by default that of `generation_config.json`, or what the positions leave.
 
         Raises:
@@ -158,7 +174,7 @@ class OnnxModel:
     def _prompt(self, prefix: str) -> list[int]:
         if IMAGE_TOKEN in prefix:
             raise InputError(f"prefix: {IMAGE_TOKEN} stands for the image and may not be part of the text")
-        ids = self.tokenizer.encode(prefix.rstrip(), add_special_tokens=False).ids
+        ids = self.tokenizer.encode(prefix.strip(), add_special_tokens=False).ids
         return [self.image_token_id] * self.image_tokens + ids
 
     def generate(self, features: np.ndarray, tokens: list[int], max_new_tokens: int | None = None) -> list[int]:
@@ -166,12 +182,12 @@ class OnnxModel:
         room = self.positions - len(tokens)
         if room < 1:
             raise InputError(f"prefix: {len(tokens)} tokens with the image leave no room in {self.positions} positions")
-        limit = min(max_new_tokens or self.generation.max_new_tokens, room)
+        limit = min(max_new_tokens or self.generation.max_new_tokens or DEFAULT_NEW_TOKENS, room)
         return list(self._greedy(features, tokens, limit))
 
     def logits(self, features: np.ndarray, tokens: list[int]) -> np.ndarray:
         """Return the logits (vocabulary,) of what follows a prompt."""
-        return self.decoder.run(None, self._inputs(*self._begin(features, tokens)))[0][0, -1]
+        return self._run(self.decoder, self._inputs(*self._begin(features, tokens)))[0][0, -1]
 
     def _begin(self, features: np.ndarray, tokens: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the embeddings of a prompt, the image's features in their place, and an empty cache."""
@@ -182,18 +198,24 @@ class OnnxModel:
     def _greedy(self, features: np.ndarray, tokens: list[int], limit: int) -> Iterator[int]:
         embeddings, past = self._begin(features, tokens)
         seen = list(tokens)
-        eos = self.generation.eos_token_id
         for _ in range(limit):
-            logits, *past = self.decoder.run(None, self._inputs(embeddings, past))
+            logits, *past = self._run(self.decoder, self._inputs(embeddings, past))
             token = self._choose(logits[0, -1], seen)
-            if token == eos:
+            if token in self.eos_tokens:
                 return
             yield token
             seen.append(token)
             embeddings = self._embed([token])
 
     def _embed(self, tokens: list[int]) -> np.ndarray:
-        return self.embed.run(None, {"input_ids": np.asarray([tokens], np.int64)})[0]
+        return self._run(self.embed, {"input_ids": np.asarray([tokens], np.int64)})[0]
+
+    def _run(self, session: InferenceSession, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return session.run(None, inputs)
+        except Exception as error:  # onnxruntime's own kinds
+            problem = f"the graphs in onnx/ do not fit config.json ({first_line(error)})"
+            raise InputError(f"{self.folder}: {problem}") from None
 
     def _inputs(self, embeddings: np.ndarray, past: list[np.ndarray]) -> dict[str, Any]:
         before, length = past[0].shape[2], embeddings.shape[1]
@@ -206,14 +228,27 @@ class OnnxModel:
         }
 
     def _choose(self, logits: np.ndarray, seen: list[int]) -> int:
-        """Return the likeliest token after the repetition penalty, which divides positive logits of seen tokens."""
+        """Return the likeliest token after the repetition penalty, which divides positive logits of seen tokens.
+
+        Tokens that would repeat a sequence of `no_repeat_ngram_size` tokens are excluded.
+        """
         if not np.isfinite(logits).all():
             raise InputError("the model's logits are NaN or infinite: its weights are damaged")
-        penalty = self.generation.repetition_penalty
+        settings = self.generation
+        penalty = settings.repetition_penalty or 1.0
         repeated = np.unique(seen)
         logits[repeated] = np.where(logits[repeated] < 0, logits[repeated] * penalty, logits[repeated] / penalty)
-        logits[self.generation.suppress_tokens] = -np.inf
+        if settings.no_repeat_ngram_size:
+            logits[_repeating(seen, settings.no_repeat_ngram_size)] = -np.inf
+        logits[settings.suppress_tokens or []] = -np.inf
         return int(logits.argmax())
+
+
+def _repeating(tokens: list[int], size: int) -> list[int]:
+    """Return the tokens that would make the last `size` tokens a sequence that was there before."""
+    last = tokens[len(tokens) - size + 1 :]
+    starts = range(len(tokens) - size + 1)
+    return [tokens[start + size - 1] for start in starts if tokens[start : start + size - 1] == last]
 
 
 def is_exported(folder: Path) -> bool:
@@ -245,8 +280,8 @@ def complete_files(
         yield one
 
 
-def _read(path: Path, kind: type[T]) -> T:
-    return validate(read_json(path), kind, path)
+def _read(folder: Path, name: str, kind: type[T]) -> T:
+    return validate(read_object(folder, name), kind, folder / name)
 
 
 def graph_path(folder: Path, name: str, dtype: str) -> Path:
