@@ -80,6 +80,9 @@ def _values(array: Any, settings: dict[str, Any]) -> Any:
         raise ValueError(f"images must have pixels that are numbers, not {array.dtype} of shape {tuple(array.shape)}")
     if array.dtype == uint8:
         return array
+    if as_tensor and not is_float:
+        array = array.long()  # PyTorch has no minimum of unsigned integers with more than 8 bits
+        convert = array.to
     least, most = array.min(), array.max()
     if settings["do_rescale"] and least >= 0 and most <= 1:
         logger.warning_once(
@@ -118,8 +121,9 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str, limits: tupl
     if max(factors) > 1:
         pixels = nn.functional.avg_pool2d(pixels, factors, ceil_mode=True, count_include_pad=False)
         pixels = pixels if is_float else (pixels + 0.5).floor()
-    # Scales rather than sizes: the last pixel of a reduced image may stand for fewer than the others do.
-    down, across = (new * factor / old for old, new, factor in zip(was, size, factors, strict=True))
+    # Scales rather than sizes: the last pixel of a reduced image may stand for fewer than the others do. PyTorch rounds
+    # the resulting size down, so that a scale must not be too small by the last bit.
+    down, across = ((1 + 1e-9) * new * factor / old for old, new, factor in zip(was, size, factors, strict=True))
     for scale in ((1.0, across), (down, 1.0)):
         pixels = nn.functional.interpolate(pixels, scale_factor=scale, mode=mode, antialias=True).clamp(*limits)
         pixels = pixels if is_float else pixels.round()

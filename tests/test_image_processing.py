@@ -158,6 +158,15 @@ def test_a_tensor_equals_the_pillow_image_within_a_grey_level(image_processor, s
             np.testing.assert_allclose(raw(image_processor, same, **settings), want, atol=1 if same is tensor else 1.6)
 
 
+def test_tensors_of_every_size(image_processor):
+    sides = range(1, 1400, 7)
+    sizes = {image_processor(torch.zeros(3, 1, side), return_tensors="pt")["pixel_values"].shape for side in sides}
+    sizes |= {image_processor(torch.zeros(3, side, 2), return_tensors="pt")["pixel_values"].shape for side in sides}
+    assert sizes == {(1, 3, 224, 224)}
+    odd = torch.zeros(3, 2166, 612, dtype=torch.uint8)  # whose ratio to 224, as a float, is too small by the last bit
+    assert image_processor(odd, return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 224)
+
+
 def test_a_tensor_is_prepared_on_its_device(image_processor):
     tensors = torch.zeros(2, 3, 260, 300, dtype=torch.uint8)
     assert image_processor(tensors, return_tensors="pt")["pixel_values"].shape == (2, 3, 224, 224)
@@ -201,8 +210,9 @@ def test_integers_above_8_bits_need_a_rescale_factor(image_processor):
     for bad in (deep, deep.astype(np.int32) * -1):
         with pytest.raises(ValueError, match="values from 0 to 255"):
             pixels_of(image_processor, bad)
-    pixels = pixels_of(image_processor, deep, rescale_factor=1 / 65535, do_normalize=False)
-    np.testing.assert_allclose(pixels, 30_000 / 65535, atol=1e-6)
+    for same in (deep, torch.from_numpy(deep), torch.from_numpy(deep.astype(np.uint32))):
+        pixels = pixels_of(image_processor, same, rescale_factor=1 / 65535, do_normalize=False)
+        np.testing.assert_allclose(pixels, 30_000 / 65535, atol=1e-6)
 
 
 def test_grey_and_transparent_floats_are_converted_to_rgb(image_processor):
