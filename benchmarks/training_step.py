@@ -66,7 +66,7 @@ def project_loop(
     def step(number: int) -> None:
         batch = in_memory if fixed else to_device(batches[number], image_processor, torch.device("cpu"))
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            text_loss, words_loss = objective(batch["pixel_values"], batch["texts"], batch["word_targets"])
+            text_loss, words_loss, _ = objective(batch["pixel_values"], batch["texts"], batch["word_targets"])
         loss = text_loss / batch["tokens"] + 0.5 * words_loss / len(batch["pixel_values"])
         optimizer_step(objective, optimizers, loss)
 

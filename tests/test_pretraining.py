@@ -157,13 +157,33 @@ def test_a_pass_over_a_text_file_reads_every_line_once(tokenizer, tmp_path):
     path.write_text("\n".join(f"There is a {'big ' * number}ball." for number in range(24)) + "\n\n")
     processor = tiny_processor(tokenizer)
     file = TextFile(path, processor.tokenizer, [processor.image_token_id])
-    parts = [file.batch(step, part, 2, 3, seed=0) for step in range(4) for part in range(2)]
+    parts = [file.batch(step, part, 2, 6, seed=0) for step in range(4) for part in range(2)]
     lengths = sorted(count for batch in parts for count in (batch["input_ids"] != 0).sum(1).tolist())
     assert lengths == sorted(len(line[0]) + 1 for line in file.ids)
-    again = file.batch(2, 1, 2, 3, seed=0)
+    again = file.batch(2, 1, 2, 6, seed=0)
     assert all(torch.equal(again[name], parts[5][name]) for name in again)
     assert set(again["image_of_text"].tolist()) == {-1}
-    assert file.batch(0, 0, 2, 40, seed=0)["input_ids"].shape[0] == 40, "a short file repeats within a step"
+    assert file.batch(0, 0, 1, 80, seed=0)["input_ids"].shape[0] == 80, "a short file repeats within a step"
+
+
+def test_the_texts_of_a_step_do_not_depend_on_its_parts(tokenizer, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"captions": [f"A {n} ball.", f"The {n} dog."]}) for n in range(24)))
+    processor = tiny_processor(tokenizer)
+    file = TextFile(path, processor.tokenizer, [processor.image_token_id])
+
+    def texts(parts, count):
+        batches = [file.batch(3, part, parts, count, seed=0)["input_ids"] for part in range(parts)]
+        return [tokenizer.decode(ids, skip_special_tokens=True) for batch in batches for ids in batch]
+
+    assert texts(1, 5) == texts(2, 5) == texts(5, 5) == texts(8, 5)
+    settings = {"vocab_size": 320, "batch_size": 2, "steps": 4, "files": [file]}
+    rows = TokenizedTexts({"short": [["A dog."]] * 4}, [["A dog."]] * 4, processor, list(range(4)))
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    batches = TrainingBatches(images, rows, list(range(4)), weights=[1.0, 0.5], **settings)
+    assert [len(one["input_ids"]) for one in batches[0]["texts"]] == [2, 1]
+    with pytest.raises(InputError, match=r"text_weights: 0\.1 of .*texts\.jsonl is no text for the 2 images of a step"):
+        TrainingBatches(images, rows, list(range(4)), weights=[1.0, 0.1], **settings)
 
 
 @pytest.mark.parametrize(

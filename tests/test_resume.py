@@ -83,6 +83,35 @@ def test_a_killed_run_is_resumed_to_the_same_end(tiny, killed, finished):
     assert weights(killed) == weights(finished)
 
 
+def test_a_complete_run_without_states_is_not_begun_again(tiny, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "states")
+    before = content_of(run)
+    before.pop(LOCK, None)
+    code, errors = tiny(run, **FINISHED, resume="auto")
+    assert code == 1
+    assert "is complete, but its states/ are gone" in one_line(errors)
+    assert {name: content for name, content in content_of(run).items() if name != LOCK} == before
+    code, errors = tiny(run, **FINISHED, resume="auto", overwrite="true")
+    assert "overwrite: true removes the run that resume auto asks for" in one_line(errors)
+    assert (run / "best").exists()
+
+
+def test_an_earlier_state_replaces_the_later_ones(tiny, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "last")
+    (run / SAMPLES_PAGE).unlink()
+    damaged = run / "states" / "step-00000003" / "optimizer.bin"
+    damaged.write_bytes(b"")
+    fields = FINISHED | {"save_total_limit": 1}
+    assert tiny(run, **fields, resume=run / "states" / "step-00000001") == (0, "")
+    assert [path.name for path in (run / "states").iterdir()] == ["step-00000003"]
+    assert damaged.stat().st_size > 0
+    assert weights(run) == weights(finished)
+
+
 @pytest.mark.parametrize("auto", [True, False])
 @pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
 def test_no_code_of_a_run_directory_is_run(tiny, killed, tmp_path, name, auto):

@@ -101,7 +101,7 @@ class RunArguments:
     text_weights: list[float] = _field(
         [],
         "probability, 0 to 1, that an image comes with a text of each source, and number of texts of a file for each "
-        "image; 1 by default",
+        "image; 1 by default; an image that would have no text gets one of the first source",
     )
     image_dropout: float = _field(
         0.0,
@@ -208,6 +208,12 @@ class RunArguments:
             "patch_dropout",
             self.patch_dropout,
             f"needs vision_feature_select_strategy cls, not {self.vision_feature_select_strategy}",
+        )
+        _check(
+            not (self.overwrite and self.resume == "auto"),
+            "overwrite",
+            "true",
+            "removes the run that resume auto asks for",
         )
         self._resolve_optimizer()
         if self.streaming:

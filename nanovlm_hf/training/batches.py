@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ..errors import InputError
 from .augmentation import AugmentationParameters, crop
 from .text_files import TextFile, group_by_length
 from .texts import TokenizedTexts
@@ -27,8 +28,9 @@ class TrainingBatches:
         batch_size: the number of images in a micro-batch.
         steps: the number of optimizer steps of the whole run.
         micro_batches: the number of batches that this process takes in a step (gradient accumulation).
-        weights: the probability, from 0 to 1, that an image comes with a text of each source; always if None. The
-            weights of files follow: the number of their texts for each image.
+        weights: the probability, from 0 to 1, that an image comes with a text of each source; always if None. An image
+            that would have no text gets one of the first source. The weights of files follow: the number of their texts
+            for each image.
         files: texts without images.
         image_dropout: the probability that the texts of an image are learned without it.
         teacher_features: (rows, F), what the encoder learns to predict, or None.
@@ -36,6 +38,9 @@ class TrainingBatches:
         augment: crop images at random, change their light, and mirror those whose texts do not say left or right.
         seed: the seed of the run.
         process_index, num_processes: this process, and how many share each step.
+
+    Raises:
+        InputError: for the weight of a file that is above 0 and less than one text for the images of a step.
     """
 
     def __init__(
@@ -61,11 +66,15 @@ class TrainingBatches:
         self.batch_size, self.steps, self.micro_batches = batch_size, steps, micro_batches
         weights = weights or [1.0] * (len(texts.names) + len(files))
         self.weights, file_weights = weights[: len(texts.names)], weights[len(texts.names) :]
-        self.files = [(file, round(weight * batch_size)) for file, weight in zip(files, file_weights, strict=True)]
         self.image_dropout, self.teacher_features, self.reads_images = image_dropout, teacher_features, reads_images
         self.augment, self.seed = augment, seed
         self.process_index, self.num_processes = process_index, num_processes
         self.images_per_step = batch_size * micro_batches * num_processes
+        self.files = [
+            (file, self._texts_per_step(file, weight))
+            for file, weight in zip(files, file_weights, strict=True)
+            if weight
+        ]
         self.steps_per_epoch = len(images) // self.images_per_step
         self._lengths = texts.lengths()
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
@@ -105,7 +114,7 @@ class TrainingBatches:
         features = None if self.teacher_features is None else torch.from_numpy(self.teacher_features[rows])
         part = (number % self.micro_batches) * self.num_processes + self.process_index
         parts = self.micro_batches * self.num_processes
-        padded += [file.batch(step, part, parts, count, self.seed) for file, count in self.files if count]
+        padded += [file.batch(step, part, parts, count, self.seed) for file, count in self.files]
         return {
             "crops": crop(self.images, rows, parameters) if self.reads_images else None,
             "gain": torch.from_numpy(parameters.gain),
@@ -115,6 +124,13 @@ class TrainingBatches:
             "teacher_features": features,
             "image_ids": [self.image_ids[row] for row in rows],
         }
+
+    def _texts_per_step(self, file: TextFile, weight: float) -> int:
+        count = round(weight * self.images_per_step)
+        if count == 0:
+            images = self.images_per_step
+            raise InputError(f"text_weights: {weight:g} of {file.path} is no text for the {images} images of a step")
+        return count
 
     def _choose_texts(self, rng: np.random.Generator) -> np.ndarray:
         """Return which text of each source an image comes with, -1 for none.

@@ -85,7 +85,7 @@ class _Run:
         accelerator.wait_for_everyone()
         self.folder = RunDirectory(arguments.output_dir, exist_ok=True)
         self.progress: dict[str, Any] = {"step": 0, "best_eval_loss": math.inf, "evaluations_without_gain": 0}
-        self.meter = Meter(accelerator.device)
+        self.meter = Meter(accelerator.device, accelerator.num_processes)
         self.flops_per_image: float | None = None
         self.signals = StopSignals()
         self.recent_ids: list[list[int]] = []
@@ -161,6 +161,8 @@ class _Run:
             check_same_run(record, self.folder, state)
             self.progress = load_state(state, accelerator, self.ema)
             self.meter.load(self.progress.pop("meter"))
+            if accelerator.is_main_process:
+                self.folder.remove_states_after(self.progress["step"])
             self._resume_stream(self.progress.pop("positions"))
             if not (self.folder.path / "best").exists():  # the state is of a run in another folder
                 self.progress["best_eval_loss"] = math.inf

@@ -26,16 +26,21 @@ from .gpu_specs import gpu_of
 from .loss import CompletionObjective
 from .provenance import device_name
 from .run_directory import RunDirectory
-from .samples import complete, write_samples
+from .samples import complete_samples, write_samples
 from .setup import Split
 from .step import StepResult
 
 
 class Meter:
-    """Mean loss and throughput since the last line of metrics; losses stay on the device until they are needed."""
+    """Mean loss and throughput since the last line of metrics; losses stay on the device until they are needed.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Args:
+        device: of this process.
+        num_processes: that share the step, each with such a device.
+    """
+
+    def __init__(self, device: torch.device, num_processes: int = 1):
+        self.device, self.num_processes = device, num_processes
         self.restart()
 
     def restart(self) -> None:
@@ -93,7 +98,7 @@ class Meter:
             "images_per_second": round(images_per_second, 1),
             "tokens_per_second": round(self.tokens / seconds, 1),
             "teraflops": round(flops / 1e12, 4) if flops else None,
-            "mfu": round(flops / gpu.flops, 4) if flops and gpu else None,
+            "mfu": round(flops / (gpu.flops * self.num_processes), 4) if flops and gpu else None,
             "memory_mib": self._memory(),
         }
 
@@ -134,7 +139,7 @@ def evaluate(
     model.eval()
     with accelerator.autocast():
         metrics = validation_losses(model, processor, split, with_images)
-    completions = complete(model, processor, split)
+    completions = complete_samples(model, processor, split)
     metrics |= coherence([one.added for one in completions], vocabulary)
     model.train(training)
     write_samples(run, step, completions)

@@ -18,12 +18,17 @@ def find_state(resume: str | None, folder: RunDirectory) -> Path | None:
     """Return the state that the field `resume` asks for; None if it is unset, or `auto` and there is no state.
 
     Raises:
-        InputError: if there is no state in the folder that it names.
+        InputError: if there is no state in the folder that it names, or `auto` would begin a complete run again.
     """
     if resume is None:
         return None
     if resume == "auto":
         states = folder.states()
+        if not states and folder.has_ended():
+            raise InputError(
+                f"resume: the run in {folder.path} is complete, but its states/ are gone: train in another folder, or "
+                "add --overwrite true instead of --resume"
+            )
         return states[-1] if states else None
     if not (Path(resume) / PROGRESS).exists():
         raise InputError(f"resume: there is no state in {resume}: give auto, or a folder states/step-...")

@@ -19,7 +19,7 @@ from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from .run_record import RECORD, read_record
 from .run_removal import LOCK, check_removable, remove_run
-from .states import disk_errors, save_state, states_in
+from .states import disk_errors, remove_states_after, save_state, states_in
 
 SAMPLES_PAGE = "samples.html"  # the last file that a run writes
 
@@ -147,6 +147,10 @@ class RunDirectory:
                 if path.exists():  # a run resumed from the state appends to these lines
                     flush_to_disk(path)
         save_state(self.path / "states", accelerator, progress, limit, ema)
+
+    def remove_states_after(self, step: int) -> None:
+        """Remove the states of steps after the one that a run resumes from: they belong to what it trains again."""
+        remove_states_after(self.path / "states", step)
 
     def states(self) -> list[Path]:
         """Return the complete states, oldest first."""

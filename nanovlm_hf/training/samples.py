@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..evaluation.items import prefix_of
 from ..evaluation.originality import rouge_tokens
 from ..files import atomic_write
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
@@ -24,7 +25,7 @@ SAMPLES = 8  # of them, completions that are written
 PREFIX_WORDS = 4
 
 
-class Completion(NamedTuple):
+class Sample(NamedTuple):
     """The completion of a description's first words.
 
     Attributes:
@@ -49,22 +50,22 @@ def known_words(splits: Splits) -> set[str]:
 
 
 @torch.no_grad()
-def complete(model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, split: Split) -> list[Completion]:
+def complete_samples(model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, split: Split) -> list[Sample]:
     """Complete the descriptions of the first images of a split; the model is in evaluation mode."""
     rows = list(range(min(COMPLETIONS, len(split))))
     tokenizer = processor.tokenizer
     references = [tokenizer.decode(split.texts.ids[split.texts.names[0]][row][0][:-1]) for row in rows]
-    prefixes = [" ".join(reference.split()[:PREFIX_WORDS]) for reference in references]
+    prefixes = [prefix_of(reference, PREFIX_WORDS) for reference in references]
     images = [Image.fromarray(np.array(split.images[row])) for row in rows]
     inputs = processor(images=images, text=prefixes, return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, generation_config=generation_config(model.config))
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
     added = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     image_ids = [split.image_ids[row] for row in rows]
-    return list(map(Completion, image_ids, prefixes, texts, added, references))
+    return list(map(Sample, image_ids, prefixes, texts, added, references))
 
 
-def write_samples(run: RunDirectory, step: int, completions: list[Completion]) -> None:
+def write_samples(run: RunDirectory, step: int, completions: list[Sample]) -> None:
     """Append the first completions to `samples.jsonl`."""
     names = ("image_id", "prefix", "text", "reference")
     run.add_samples([{"step": step} | {name: getattr(one, name) for name in names} for one in completions[:SAMPLES]])

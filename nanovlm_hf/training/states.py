@@ -83,6 +83,13 @@ def save_state(
     accelerator.wait_for_everyone()
 
 
+def remove_states_after(directory: Path, step: int) -> None:
+    """Remove the states of later steps than this one."""
+    for state in states_in(directory):
+        if int(state.name.removeprefix("step-")) > step:
+            _remove(state)
+
+
 def load_state(state: Path, accelerator: Accelerator, ema: nn.Module | None = None) -> dict[str, Any]:
     """Load a state and return its progress. Every process calls it.
 

@@ -127,7 +127,7 @@ class StreamedBatches:
         first, skipped_steps = divmod(step, STEPS_PER_WINDOW)
         last = -(-self.steps // STEPS_PER_WINDOW)
         windows = self._windows()
-        # The next two windows are read and decoded while one is trained on.
+        # The next window is read and decoded while one is trained on.
         upcoming = ordered_parallel_map(lambda number: next(windows), range(first, last), workers=1, ahead=1)
         for number, window in upcoming:
             self.position, self._epoch = window.begin, window.begin[0]

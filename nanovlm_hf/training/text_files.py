@@ -60,14 +60,15 @@ class TextFile:
         Args:
             step: number of the optimizer step.
             part, parts: which part of the step's texts, and how many parts there are: micro-batches of all processes.
-            count: number of texts of a part.
+            count: number of texts of the step.
             seed: of the run.
         """
-        epoch, step_of_epoch = divmod(step, max(1, len(self) // (count * parts)))
-        rows = self._order(seed, epoch, count * parts)[step_of_epoch][part * count : (part + 1) * count]
-        choices = np.random.default_rng((seed, step, part)).integers(2**31, size=count)
-        lines = (self.ids[row] for row in rows)
-        texts = [(WITHOUT_IMAGE, line[choice % len(line)]) for line, choice in zip(lines, choices, strict=True)]
+        epoch, step_of_epoch = divmod(step, max(1, len(self) // count))
+        rows = self._order(seed, epoch, count)[step_of_epoch]
+        choices = np.random.default_rng((seed, step, 0)).integers(2**31, size=count)
+        mine = np.array_split(np.arange(count), parts)[part]
+        lines = [(self.ids[rows[index]], choices[index]) for index in mine]
+        texts = [(WITHOUT_IMAGE, line[choice % len(line)]) for line, choice in lines]
         return pad_texts(texts, self.prefix, self.tokenizer.pad_token_id)
 
     def _order_of(self, seed: int, epoch: int, per_step: int) -> np.ndarray:

@@ -143,7 +143,8 @@ def train(data: DataArguments, settings: TrainingArguments) -> Trainer:
         processing_class=processor,
         compute_loss_func=smoothed_loss(smoothing) if smoothing else None,
     )
-    trainer.train()
+    resume = settings.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     return trainer
 
