@@ -88,6 +88,13 @@ def test_without_text_files_the_captions_follow_the_encoder(follow):
     assert Path(stages["mini_texts"].init_from) == Path("out/mini_vision/last")
 
 
+def test_the_speedrun_is_a_short_way_to_mini_short(follow):
+    stages = follow("speedrun")
+    assert list(stages) == ["mini_vision", "mini_texts", "mini_short"]
+    assert stages["mini_texts"].init_from == "out/mini_vision/last"
+    assert stages["mini_short"].init_from == "out/mini_texts/last"
+
+
 @pytest.mark.parametrize(("preset", "smaller"), [("base", "mini-short"), ("large", "out/base_short/best")])
 def test_a_larger_model_grows_from_a_smaller_one(follow, check_variants, preset, smaller):
     stages = follow(preset, smaller)
@@ -103,6 +110,7 @@ def test_a_larger_model_grows_from_a_smaller_one(follow, check_variants, preset,
         ("mini", ["data"]),
         ("mini", ["nothing", "out"]),
         ("mini", ["data", "out", "nothing.txt"]),
+        ("speedrun", ["data", "out", "stories.txt"]),
         ("base", ["data", "out"]),
         ("base", ["nothing", "out", "mini-short"]),
         ("large", ["data", "out", "base-short", "stories.txt"]),

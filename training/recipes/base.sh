@@ -9,4 +9,5 @@ set -euo pipefail
 source "$(dirname "$0")/stages.sh"
 
 stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5
-variants base --patch_dropout 0.5
+variant base short --patch_dropout 0.5
+variant base long --patch_dropout 0.5

@@ -9,4 +9,5 @@ set -euo pipefail
 source "$(dirname "$0")/stages.sh"
 
 stage large_texts large_texts --grow_from "$1" --patch_dropout 0.5
-variants large --patch_dropout 0.5
+variant large short --patch_dropout 0.5
+variant large long --patch_dropout 0.5

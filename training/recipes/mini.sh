@@ -18,4 +18,5 @@ if [ $# -gt 0 ]; then
     before=mini_decoder
 fi
 stage mini_texts mini_texts --init_from "$out/$before/last"
-variants mini
+variant mini short
+variant mini long

@@ -17,12 +17,10 @@ stage() {
         --resume auto "$@"
 }
 
-# Both variants, a fine-tuning of one epoch each after the stage PRESET_texts: variants PRESET [FIELD...]
-variants() {
-    local preset=$1
-    shift
-    for variant in short long; do
-        stage "${preset}_$variant" "${preset}_$variant" --init_from "$out/${preset}_texts/last" --seed 1 \
-            --num_train_epochs 1 --learning_rate 1.5e-3 --muon_learning_rate 1.5e-3 "$@"
-    done
+# One epoch on a variant after the stage PRESET_texts: variant PRESET VARIANT [FIELD...]
+variant() {
+    local preset=$1 name=$1_$2
+    shift 2
+    stage "$name" "$name" --init_from "$out/${preset}_texts/last" --seed 1 \
+        --num_train_epochs 1 --learning_rate 1.5e-3 --muon_learning_rate 1.5e-3 "$@"
 }
