@@ -29,6 +29,7 @@ else:
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
     from transformers import initialization as init
 
+HAS_IMAGE_BACKENDS = "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 
 
@@ -62,11 +63,11 @@ def causal_mask(
 
 
 def register_image_processor(config_class: type, image_processor_class: type) -> None:
-    """Register an image processor with `AutoImageProcessor`, in version 5 for both backends.
+    """Register an image processor with `AutoImageProcessor`, since version 5.4 for both backends.
 
-    Version 4 has no such class for torchvision and no way to register one that does not inherit from its own.
+    Earlier versions have no backends, and accept as a fast image processor only a class that inherits from their own.
     """
-    if IS_TRANSFORMERS_4:
+    if not HAS_IMAGE_BACKENDS:
         AutoImageProcessor.register(config_class, slow_image_processor_class=image_processor_class, exist_ok=True)
         return
     backends = {"pil": image_processor_class, "torchvision": image_processor_class}
@@ -102,6 +103,7 @@ def make_tokenizer_portable(folder: str | Path) -> None:
 
 
 __all__ = [
+    "HAS_IMAGE_BACKENDS",
     "IS_TRANSFORMERS_4",
     "AutoModelForVision2Seq",
     "causal_mask",

@@ -52,8 +52,8 @@ class NanoVLMImageProcessor(BaseImageProcessor):
     converted to RGB. Images are resized to `size` without keeping their aspect ratio, as in the paper; with
     `do_center_crop` the central square is cropped first. Every argument can be overridden in a call.
 
-    Tensors are resized by PyTorch on their device, if `resample` is bilinear or bicubic: within one of 255 grey levels
-    of Pillow's result. Everything else is resized by Pillow.
+    Tensors and arrays of floats are resized by PyTorch, tensors on their device, if `resample` is bilinear or bicubic:
+    within one of 255 grey levels of Pillow's result. Everything else is resized by Pillow.
 
     As in other image processors, values of arrays and tensors are multiplied by `rescale_factor` with `do_rescale`: the
     default 1/255 is for values in 0..255, and floats in 0..1 need `do_rescale=False`. Floats are resized as floats.
@@ -143,7 +143,7 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         pixels = [self._prepare(image, input_data_format, settings) for image in images]
         if ChannelDimension(data_format) == ChannelDimension.LAST:
             pixels = [one.permute(1, 2, 0) for one in pixels]
-        if return_tensors != "pt":
+        if return_tensors != "pt" or len({one.shape for one in pixels}) != 1:
             arrays = [one.cpu().numpy() for one in pixels]
             return BatchFeature(data={"pixel_values": arrays}, tensor_type=return_tensors)
         device = pixels[0].device if device is None else device

@@ -32,7 +32,7 @@ def to_tensor(image: Any, input_data_format: Any, settings: dict[str, Any]) -> t
     Raises:
         ValueError: if it is not an image, or has integers that are neither 8-bit values nor rescaled to 0..1.
     """
-    array = image if is_torch_tensor(image) else to_numpy_array(image)
+    array = image.detach() if is_torch_tensor(image) else to_numpy_array(image)
     channels_last = array.ndim > 2 and _channels_last(array, input_data_format)
     array = _values(array, settings)
     pixels = array if is_torch_tensor(array) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -114,8 +114,10 @@ def _to_rgb(pixels: torch.Tensor, white: float) -> torch.Tensor:
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str, limits: tuple[float, float]) -> torch.Tensor:
     """Resize with antialiasing, one axis after the other; 8-bit values are rounded after each."""
-    is_float, dtype = pixels.is_floating_point(), pixels.dtype
+    is_float, dtype, device = pixels.is_floating_point(), pixels.dtype, pixels.device
     pixels = pixels[None].float()
+    if device.type == "mps":  # not every version of PyTorch resizes with antialiasing there
+        pixels = pixels.cpu()
     was = pixels.shape[2:]
     factors = [max(int(old / new / REDUCING_GAP), 1) for old, new in zip(was, size, strict=True)]
     if max(factors) > 1:
@@ -127,7 +129,7 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str, limits: tupl
     for scale in ((1.0, across), (down, 1.0)):
         pixels = nn.functional.interpolate(pixels, scale_factor=scale, mode=mode, antialias=True).clamp(*limits)
         pixels = pixels if is_float else pixels.round()
-    return pixels[0].to(dtype)
+    return pixels[0].to(device, dtype)
 
 
 def _resize_with_pillow(

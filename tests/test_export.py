@@ -125,15 +125,17 @@ def test_a_hostile_export_is_one_line(exported, tmp_path):
     folder, _, _ = exported
     odd = tmp_path / "odd"
     shutil.copytree(folder, odd)
-    for name, change in (
-        ("generation_config.json", {"suppress_tokens": [999_999]}),
-        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
-        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}),
+    merges = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+    for name, change, problem in (
+        ("generation_config.json", {"suppress_tokens": [999_999]}, "has 320 tokens, and others are named"),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, r"tokenizer\.json: normalizer"),
+        ("tokenizer.json", {"model": merges}, r"tokenizer\.json: cannot be loaded"),
     ):
         content = (odd / name).read_text()
         (odd / name).write_text(json.dumps(json.loads(content) | change))
-        with pytest.raises(InputError, match="odd"):
+        with pytest.raises(InputError, match=problem) as refusal:
             OnnxModel(odd)
+        assert "\n" not in str(refusal.value)
         (odd / name).write_text(content)
     config = json.loads((odd / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] += 1
@@ -146,8 +148,9 @@ def test_decoding_that_the_runtimes_do_not_apply_is_refused(tmp_path, tokenizer)
     checkpoint = save(tmp_path / "checkpoint", tokenizer)
     path = checkpoint / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"begin_suppress_tokens": [5]}))
-    with pytest.raises(InputError, match="begin_suppress_tokens: the exported model cannot apply it"):
+    with pytest.raises(InputError, match="begin_suppress_tokens: an export cannot apply it"):
         export_onnx(str(checkpoint), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_the_pixels_are_the_image_processors(exported):

@@ -172,6 +172,9 @@ def test_a_tensor_is_prepared_on_its_device(image_processor):
     assert image_processor(tensors, return_tensors="pt")["pixel_values"].shape == (2, 3, 224, 224)
     settings = {"do_rescale": False, "do_normalize": False}
     assert image_processor(tensors, return_tensors="pt", **settings)["pixel_values"].dtype == torch.uint8
+    assert image_processor(tensors.float().requires_grad_(), return_tensors="np")["pixel_values"].shape[0] == 2
+    with pytest.raises(ValueError, match="tensor"):  # of different sizes
+        image_processor([tensors[0], tensors[0, :, 1:]], return_tensors="pt", do_resize=False)
     if torch.cuda.is_available():
         image = random_image(size=(1501, 700))
         tensor = torch.from_numpy(np.array(image)).cuda()

@@ -152,6 +152,14 @@ def test_a_text_without_an_image_follows_the_embedding_of_the_image_token(tokeni
         torch.testing.assert_close(loss / 4, wanted)
 
 
+def test_a_micro_batch_without_images_and_texts_has_a_gradient():
+    model = tiny_model()
+    losses = CompletionObjective(model)(None, [])
+    assert [loss.item() for loss in losses] == [0, 0, 0]
+    sum(losses).backward()
+    assert not model.get_input_embeddings().weight.grad.any()
+
+
 def test_a_pass_over_a_text_file_reads_every_line_once(tokenizer, tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(f"There is a {'big ' * number}ball." for number in range(24)) + "\n\n")

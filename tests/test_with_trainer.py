@@ -89,6 +89,10 @@ def test_a_run_with_smoothing_learns_to_predict(toy, tmp_path, monkeypatch):
     options += " --use_cpu true --label_smoothing_factor 0.1 --bf16 false"
     monkeypatch.setattr(sys, "argv", ["train_with_trainer.py", *options.split()])
     trainer = with_trainer.main()
+    again = options.replace("--max_steps 25", "--max_steps 26") + " --resume_from_checkpoint true"
+    resumed = with_trainer.train(*with_trainer.read_arguments(again.split()))
+    assert [row["step"] for row in resumed.state.log_history if "loss" in row] == list(range(1, 27))
+    assert resumed.state.log_history[4] == trainer.state.log_history[4]
     saved = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
     assert (saved["truncation"], saved["padding"]) == (None, None)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

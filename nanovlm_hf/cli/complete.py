@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Exit
 
-from ..completion_files import LOWEST_TEMPERATURE
 from ..errors import UsageError, printable
 from .quiet import quiet
 
@@ -51,6 +50,8 @@ class GenerationOptions:
     blind: bool
 
     def __post_init__(self) -> None:
+        from ..completion_files import LOWEST_TEMPERATURE
+
         if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
             limits = f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}"
             raise UsageError(f"--temperature {self.temperature:g}: it is 0, which does not sample, or {limits}")

@@ -106,7 +106,8 @@ def export_onnx(checkpoint: str, out: Path, dtype: str = "fp16") -> dict[str, An
         logits, and how many completions equal PyTorch's.
 
     Raises:
-        InputError: if the checkpoint cannot be loaded, or the folder holds something else.
+        InputError: if the checkpoint cannot be loaded or decodes with a setting that an export cannot apply, or the
+            folder holds something else.
     """
     from .check import compare_with_pytorch
 
@@ -130,6 +131,9 @@ def write_onnx(
     """
     refuse_other_contents(out)
     model, processor = load_model(checkpoint)
+    for name in UNSUPPORTED_DECODING:
+        if getattr(model.generation_config, name, None):
+            raise InputError(f"{checkpoint}: generation_config.json: {name}: an export cannot apply it: remove it")
     model = model.to("cpu", torch.float32).eval()
     model.set_attn_implementation("eager")
     (out / "onnx").mkdir(parents=True, exist_ok=True)
@@ -321,13 +325,7 @@ def write_configuration(
 
     Args:
         digest: of the weights, which `config.json` names.
-
-    Raises:
-        InputError: if the checkpoint's decoding uses a setting that the runtimes do not apply.
     """
-    for name in UNSUPPORTED_DECODING:
-        if getattr(model.generation_config, name, None):
-            raise InputError(f"generation_config.json: {name}: the exported model cannot apply it: remove it")
     text = model.config.text_config
     config = {
         "exported_by": EXPORTER,

@@ -101,7 +101,8 @@ def exported_folder(name: str) -> Path:
         partial = Path(temporary) / "export"
         write_onnx(name, partial, DTYPE)
         with suppress(OSError):  # another process may be as far as this one
-            os.replace(partial, cached)  # which `cached_assets_path` has made, and is empty
+            cached.rmdir()  # `cached_assets_path` has made it
+            os.replace(partial, cached)
     if not (cached / "onnx").is_dir():
         raise OSError(f"{cached}: the export cannot be stored there")
     return cached

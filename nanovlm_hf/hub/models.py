@@ -121,8 +121,9 @@ def _push_space(repo_id: str, sdk: str, stage: Callable[[Path], None], replaced:
         stage(Path(name))
         with hub_errors(repo_id):
             before = existing_files(api, repo_id, "space")
-            if before and not any(file.startswith(replaced[0]) for file in before):
-                raise InputError(f"{repo_id}: it already holds another app ({before[0]}): choose another Space")
+            others = _without_card(before)
+            if others and not any(file.startswith(replaced[0]) for file in others):
+                raise InputError(f"{repo_id}: it already holds another app ({others[0]}): choose another Space")
             api.create_repo(repo_id, repo_type="space", space_sdk=sdk, exist_ok=True)
             api.upload_folder(
                 repo_id=repo_id,
@@ -140,11 +141,17 @@ def _is_of_a_checkpoint(name: str) -> bool:
     return name.startswith("onnx/") or ("/" not in name and ours)
 
 
+def _without_card(files: list[str]) -> list[str]:
+    """Return the files of a repository that are not there when it is made on the website."""
+    return [name for name in files if name != "README.md"]
+
+
 def _check_same_model_type(api: HfApi, repo_id: str, before: list[str]) -> None:
-    if not before:
+    others = _without_card(before)
+    if not others:
         return
-    if "config.json" not in before:
-        raise InputError(f"{repo_id}: it holds {before[0]} and no model of this kind: choose another repository")
+    if "config.json" not in others:
+        raise InputError(f"{repo_id}: it holds {others[0]} and no model of this kind: choose another repository")
     size = get_hf_file_metadata(hf_hub_url(repo_id, "config.json", endpoint=api.endpoint)).size or 0
     config = None
     if size <= MAX_CONFIG:

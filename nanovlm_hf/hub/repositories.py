@@ -6,11 +6,9 @@ from huggingface_hub import HfApi
 
 from ..errors import InputError
 
-OF_THE_HUB = (".gitattributes", "README.md")  # made by the Hub, or replaced by every upload
-
 
 def existing_files(api: HfApi, repo_id: str, repo_type: str, private: bool = False) -> list[str]:
-    """Return the sorted names of a repository's files, without `OF_THE_HUB`; none if it does not exist.
+    """Return the sorted names of a repository's files without .gitattributes; none if it does not exist.
 
     Args:
         private: whether it has to be private, if it exists.
@@ -23,4 +21,4 @@ def existing_files(api: HfApi, repo_id: str, repo_type: str, private: bool = Fal
     info = api.repo_info(repo_id, repo_type=repo_type)
     if private and not info.private:
         raise InputError(f"{repo_id}: it exists and is public: make it private in its settings on the Hub first")
-    return sorted({file.rfilename for file in info.siblings or []}.difference(OF_THE_HUB))
+    return sorted({file.rfilename for file in info.siblings or []} - {".gitattributes"})

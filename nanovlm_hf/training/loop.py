@@ -161,8 +161,6 @@ class _Run:
             check_same_run(record, self.folder, state)
             self.progress = load_state(state, accelerator, self.ema)
             self.meter.load(self.progress.pop("meter"))
-            if accelerator.is_main_process:
-                self.folder.remove_states_after(self.progress["step"])
             self._resume_stream(self.progress.pop("positions"))
             if not (self.folder.path / "best").exists():  # the state is of a run in another folder
                 self.progress["best_eval_loss"] = math.inf
@@ -170,6 +168,7 @@ class _Run:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not self.complete:
             self.folder.truncate_metrics(self.progress["step"])
+            self.folder.remove_states_after(self.progress["step"])
             (self.folder.path / SAMPLES_PAGE).unlink(missing_ok=True)
             self.folder.describe(record)
 

@@ -60,7 +60,9 @@ class CompletionObjective(nn.Module):
                 distillation_loss = self.distillation(outputs.last_hidden_state[:, 0], teacher_features).sum()
             known = torch.cat([features, without_image.to(features.dtype)])
         image_tokens = known.shape[1]
-        text_loss = torch.zeros((), device=known.device)
+        # A micro-batch without images may have no text, as files may have fewer texts than a step has micro-batches.
+        nothing = pixel_values is None and not texts
+        text_loss = 0.0 * without_image.sum() if nothing else torch.zeros((), device=known.device)
         for text in texts:
             own = known[text["image_of_text"]]  # -1 is the last: without an image
             text_ids = text["input_ids"][:, image_tokens:]

