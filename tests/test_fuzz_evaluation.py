@@ -145,9 +145,9 @@ def test_mutated_completions_of_human_sheet(checked, tmp_path):
     mutator = Mutator(f"{SEED} sheet")
     path = tmp_path / "completions.jsonl"
     codes = set()
-    for _ in range(CASES):
+    for number in range(CASES):
         path.write_bytes(mutator.written(mutator.content(ROWS), lines=True))
-        codes.add(checked("human-sheet", "--completions", path, "--out", tmp_path / "sheet.html"))
+        codes.add(checked("human-sheet", "--completions", path, "--out", tmp_path / f"sheet{number}.html"))
     assert codes == {0, 1}
 
 

@@ -117,6 +117,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in dict(headers).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content) if size is None else size))
+        if self.close_connection:  # or the client may send its next request on a connection that is about to close
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
 
