@@ -66,7 +66,7 @@ class Downloader:
 
     def __init__(self, allow_private: bool = False):
         self.allow_private = allow_private
-        self.opened: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()
+        self.opened: weakref.WeakSet[HTTPConnection | socket.socket] = weakref.WeakSet()
         self.session = requests.Session()
         self.session.trust_env = False
         self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
@@ -180,14 +180,15 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def _pool_classes(opened: weakref.WeakSet[HTTPConnection], allow_private: bool) -> dict[str, type]:
-    """Return urllib3's pool classes with connections that check their address and register in `opened`."""
+def _pool_classes(opened: weakref.WeakSet[HTTPConnection | socket.socket], allow_private: bool) -> dict[str, type]:
+    """Return urllib3's pool classes with connections that check their address; they and their sockets join `opened`."""
 
     def checked(base: type[HTTPConnection]) -> type[HTTPConnection]:
         class Connection(base):
             def connect(self) -> None:
                 opened.add(self)
                 super().connect()
+                opened.add(self.sock)  # of which `self` lets go if the server announces that it closes the connection
 
             def _new_conn(self) -> socket.socket:
                 if allow_private or self.proxy is not None:  # `_open` has checked the address; the proxy may be private
@@ -257,8 +258,8 @@ def _check_host(host: str | None) -> None:
 
 
 def _shut_down(opened: weakref.WeakSet[Any]) -> None:
-    for connection in list(opened):
+    for one in list(opened):
         try:
-            connection.sock.shutdown(socket.SHUT_RDWR)
+            getattr(one, "sock", one).shutdown(socket.SHUT_RDWR)
         except (AttributeError, OSError):  # already closed
             continue
