@@ -202,6 +202,7 @@ def test_camera_that_is_denied_or_missing(context, address):
         page = context.new_page()
         page.add_init_script(deny.replace("NAME", name))
         page.goto(address)
+        page.locator("#models input").first.wait_for()  # a message before is removed when the first model loads
         page.locator("#take").click()
         page.locator("#message", has_text=expected).wait_for()
         page.close()
