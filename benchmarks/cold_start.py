@@ -1,6 +1,7 @@
 """Compare the time of `nanovlm complete` in a new process with that of importing the libraries alone.
 
-`python benchmarks/cold_start.py` runs both and the steps between them alternately and prints the medians.
+`python benchmarks/cold_start.py` runs both and the steps between them alternately, and the completion of an exported
+model, and prints the medians. It needs the extra `onnx`.
 """
 
 import argparse
@@ -29,12 +30,16 @@ def main() -> None:
         photo = Path(folder) / "photo.jpg"
         pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photo)
+        exported = Path(folder) / "onnx"
+        subprocess.run([nanovlm, "export", "mini-short", "--out", exported], check=True, stdout=subprocess.DEVNULL)
+        options = [photo, "--prefix", "There is a big"]
         commands = {
             "import torch, transformers, an Auto class": [sys.executable, "-c", IMPORT],
             "the same and PreTrainedModel": [sys.executable, "-c", IMPORT_MODEL],
             "import nanovlm_hf": [sys.executable, "-c", "import nanovlm_hf"],
             "nanovlm --help": [nanovlm, "--help"],
-            "nanovlm complete photo.jpg": [nanovlm, "complete", photo, "--prefix", "There is a big"],
+            "nanovlm complete photo.jpg": [nanovlm, "complete", *options],
+            "the same, exported to ONNX": [nanovlm, "complete", *options, "--model", exported],
         }
 
         def runner(command: list) -> Callable[[int], object]:
