@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -100,11 +99,12 @@ def exported_folder(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
         partial = Path(temporary) / "export"
         write_onnx(name, partial, DTYPE)
-        with suppress(OSError):  # another process may be as far as this one
-            cached.rmdir()  # `cached_assets_path` has made it
+        try:
+            cached.rmdir()  # `cached_assets_path` creates it
             os.replace(partial, cached)
-    if not (cached / "onnx").is_dir():
-        raise OSError(f"{cached}: the export cannot be stored there")
+        except OSError:
+            if not (cached / "onnx").is_dir():  # or another process has stored the same export meanwhile
+                raise
     return cached
 
 

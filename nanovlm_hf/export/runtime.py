@@ -102,7 +102,8 @@ class OnnxModel:
         eos, suppressed = self.generation.eos_token_id, self.generation.suppress_tokens or []
         self.eos_tokens = {eos} if isinstance(eos, int) else set(eos)
         if max([config.image_token_index, *suppressed]) >= config.text_config.vocab_size:
-            raise InputError(f"{folder}: config.json has {config.text_config.vocab_size} tokens, and others are named")
+            limit = f"config.json's vocab_size of {config.text_config.vocab_size}"
+            raise InputError(f"{folder}: image_token_index or suppress_tokens is not below {limit}: export it again")
         self.image_token_id, self.image_tokens = config.image_token_index, config.image_seq_length
         self.positions = config.max_position_embeddings
         self.layers, self.heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
