@@ -30,8 +30,8 @@ TOO_LONG = f"The beginning of the sentence may have at most {LONGEST_PREFIX} cha
 STYLES = {"short": "20 to 25", "long": "60 to 70"}  # words
 INTRODUCTION = """# How small can a vision-language model be?
 
-NanoVLM completes a sentence about a photo in the words of a small child (parameters: {parameters}). It is tiny and has seen
-few photos, so it often names the wrong object. The second text is what the same model writes for a blank image: the
+NanoVLM completes a sentence about a photo in the words of a small child (parameters: {parameters}). It is tiny and has
+seen few photos, so it often names the wrong object. The second text is what the same model writes for a blank image: the
 difference shows what it takes from the photo."""
 
 
