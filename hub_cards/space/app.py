@@ -31,8 +31,8 @@ STYLES = {"short": "20 to 25", "long": "60 to 70"}  # words
 INTRODUCTION = """# How small can a vision-language model be?
 
 NanoVLM completes a sentence about a photo in the words of a small child (parameters: {parameters}). It is tiny and has
-seen few photos, so it often names the wrong object. The second text is what the same model writes for a blank image: the
-difference shows what it takes from the photo."""
+seen few photos, so it often names the wrong object. The second text is what the same model writes for a blank image:
+the difference shows what it takes from the photo."""
 
 
 def sizes() -> list[str]:
