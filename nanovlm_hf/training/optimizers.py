@@ -116,12 +116,36 @@ class Float32Muon(getattr(torch.optim, "Muon", Optimizer)):
 def orthogonalise(
     matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Bring all singular values of a matrix near 1 by Newton-Schulz iterations in its own precision."""
-    a, b, c = coefficients
+    """Bring all singular values of a matrix near 1 by Newton-Schulz iterations in its own precision.
+
+    A matrix that is at least twice as long as wide is iterated through its Gram matrix, which is smaller: float32 is
+    precise enough for that, bfloat16 is not.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp(min=eps)  # singular values of at most 1
+    iterate = _iterate_gram if wide.shape[1] >= 2 * wide.shape[0] else _iterate
+    wide = iterate(wide, coefficients, steps)
+    return wide.T if tall else wide
+
+
+def _iterate(wide: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    a, b, c = coefficients
     for _ in range(steps):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide.T if tall else wide
+    return wide
+
+
+def _iterate_gram(wide: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """Return what `_iterate` does: with G = XX', X becomes PX in an iteration and G becomes PGP, P = aI + bG + cG²."""
+    a, b, c = coefficients
+    gram = wide @ wide.T
+    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for step in range(steps):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial @ product if step else polynomial
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return product @ wide
