@@ -1,9 +1,8 @@
 """Register the classes of this package with the Auto classes of Transformers when it is imported."""
 
-import transformers
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .compat_nanovlm import register_image_processor
+from .compat_nanovlm import AUTO_MODEL_CLASSES, register_image_processor
 from .configuration_nanovlm import NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
 from .image_processing_nanovlm import NanoVLMImageProcessor
 from .modeling_nanovlm import NanoVLMForConditionalGeneration, NanoVLMModel, NanoVLMTextModel, NanoVLMVisionModel
@@ -16,9 +15,7 @@ for _config_class, _model_class in (
 ):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModel.register(_config_class, _model_class, exist_ok=True)
-# The second exists in Transformers 4 only, the third in version 5 only.
-for _name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM"):
-    if hasattr(transformers, _name):
-        getattr(transformers, _name).register(NanoVLMConfig, NanoVLMForConditionalGeneration, exist_ok=True)
+for _auto_class in AUTO_MODEL_CLASSES:
+    _auto_class.register(NanoVLMConfig, NanoVLMForConditionalGeneration, exist_ok=True)
 register_image_processor(NanoVLMConfig, NanoVLMImageProcessor)
 AutoProcessor.register(NanoVLMConfig, NanoVLMProcessor, exist_ok=True)

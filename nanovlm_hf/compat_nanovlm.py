@@ -29,6 +29,12 @@ else:
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
     from transformers import initialization as init
 
+# The Auto classes of the model with its head: the second exists in version 4 only, the third in version 5 only.
+AUTO_MODEL_CLASSES = [
+    getattr(transformers, name)
+    for name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
+    if hasattr(transformers, name)
+]
 HAS_IMAGE_BACKENDS = "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 
@@ -103,6 +109,7 @@ def make_tokenizer_portable(folder: str | Path) -> None:
 
 
 __all__ = [
+    "AUTO_MODEL_CLASSES",
     "HAS_IMAGE_BACKENDS",
     "IS_TRANSFORMERS_4",
     "AutoModelForVision2Seq",

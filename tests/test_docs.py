@@ -19,7 +19,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for found, body in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
 
 
-SLOW = ("export",)  # pages whose Python blocks take longer than two seconds
+SLOW = ("export", "transformers")  # pages whose Python blocks take longer than two seconds
 
 
 @pytest.mark.parametrize(
