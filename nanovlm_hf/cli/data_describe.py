@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from ..data.describe import DescribeSettings
 
 
+def _range(limits: tuple[int, int]) -> str:
+    """Return a range of numbers as an option has it, such as `15-32`."""
+    return "{}-{}".format(*limits)
+
+
+def _length_help(name: str, unit: str) -> str:
+    """Return the help of the option for the `words` or `sentences` of a variant."""
+    requested = _range(getattr(VARIANTS[name].requested, unit))
+    return f"Accepted number of {unit} of a {name} description (its prompt asks for {requested})."
+
+
 @dataclass(frozen=True)
 class VariantOptions:
     """How the descriptions of one variant are requested and accepted.
@@ -112,18 +123,18 @@ def describe(
     attempts: Annotated[
         int, typer.Option(min=1, help="Maximum number of replies for an image until one passes the quality gates.")
     ] = 3,
-    words_short: Annotated[
-        str, typer.Option(help="Accepted number of words of a short description (its prompt asks for 20-25).")
-    ] = "15-32",
-    words_long: Annotated[
-        str, typer.Option(help="Accepted number of words of a long description (its prompt asks for 60-70).")
-    ] = "50-85",
-    sentences_short: Annotated[
-        str, typer.Option(help="Accepted number of sentences of a short description (its prompt asks for 2-3).")
-    ] = "1-4",
-    sentences_long: Annotated[
-        str, typer.Option(help="Accepted number of sentences of a long description (its prompt asks for 5-6).")
-    ] = "4-9",
+    words_short: Annotated[str, typer.Option(help=_length_help("short", "words"))] = _range(
+        VARIANTS["short"].accepted.words
+    ),
+    words_long: Annotated[str, typer.Option(help=_length_help("long", "words"))] = _range(
+        VARIANTS["long"].accepted.words
+    ),
+    sentences_short: Annotated[str, typer.Option(help=_length_help("short", "sentences"))] = _range(
+        VARIANTS["short"].accepted.sentences
+    ),
+    sentences_long: Annotated[str, typer.Option(help=_length_help("long", "sentences"))] = _range(
+        VARIANTS["long"].accepted.sentences
+    ),
     max_completion_tokens: Annotated[
         int | None,
         typer.Option(
