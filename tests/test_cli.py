@@ -289,6 +289,15 @@ def test_output_folder_that_is_not_writable(run, tmp_path):
     assert str(tmp_path / "file") in only_line(errors)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("--grounding-photos=-1", "--grounding-images"), ("--judge-sees-photo=1", "--judge-sees-image")],
+)
+def test_old_names_of_options_still_work(run, old, new):
+    code, _, errors = run("evaluate", old)
+    assert code == 2 and f"'{new}'" in only_line(errors)
+
+
 def test_help_does_not_import_torch():
     command = Path(sys.executable).with_name("nanovlm")
     probe = (

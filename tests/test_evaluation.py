@@ -228,10 +228,10 @@ def report(tmp_path_factory, toy, saved):
             images=drawings,
             prefix="There is a",
             max_new_tokens=12,
-            grounding_photos=12,
+            grounding_images=12,
             judge=JudgeSettings("judge-1"),
             endpoint=Endpoint("judge-1", base_url=f"{server.url}/v1"),
-            judge_sees_photo=True,
+            judge_sees_image=True,
         )
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("OPENAI_API_KEY", "sk-test-secret")
@@ -305,7 +305,7 @@ def test_the_page_in_a_browser(report, tmp_path):
 @pytest.mark.slow
 def test_a_judge_that_is_down_does_not_prevent_the_report(run, toy, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
-    options = ("--split", "validation", "--limit", 2, "--max-new-tokens", 4, "--grounding-photos", 0)
+    options = ("--split", "validation", "--limit", 2, "--max-new-tokens", 4, "--grounding-images", 0)
     with serve("chat_server.py", tmp_path / "server") as server:
         code, _, errors = run(
             *("evaluate", "--model", "mini-short", "--dataset", toy / "data", "--out", tmp_path / "out", *options),

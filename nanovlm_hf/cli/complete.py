@@ -80,7 +80,7 @@ class GenerationOptions:
 
 
 def complete(
-    photos: Annotated[
+    images: Annotated[
         list[Path] | None,
         typer.Argument(help="Image files, or folders of images.", show_default="a sample portrait"),
     ] = None,
@@ -109,7 +109,7 @@ def complete(
 
     from ..completion_files import skipped_files
 
-    paths = photos or [_sample_image()]
+    paths = images or [_sample_image()]
     results = _results(model, paths, prefix, options)
     for line in skipped_files(paths):
         print(f"nanovlm: {line}", file=sys.stderr)

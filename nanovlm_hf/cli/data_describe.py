@@ -174,14 +174,14 @@ def describe(
     given = None if descriptions is None else read_descriptions(descriptions)
     settings = describe_options.settings()
     endpoint = endpoint_options.endpoint(needs_key=given is None and not dry_run)
-    photos = shard_of(read_all_captions(captions), num_shards, shard_index)
+    records = shard_of(read_all_captions(captions), num_shards, shard_index)
     if given is not None:
-        _check_ids(descriptions, given, photos if num_shards == 1 else read_all_captions(captions))
-    _describe(photos, settings, endpoint, given, out, RequestOptions(dry_run, batch, poll_seconds))
+        _check_ids(descriptions, given, records if num_shards == 1 else read_all_captions(captions))
+    _describe(records, settings, endpoint, given, out, RequestOptions(dry_run, batch, poll_seconds))
 
 
 def _describe(
-    photos: list[Any],
+    records: list[Any],
     settings: DescribeSettings,
     endpoint: Any,
     given: dict[int, dict[str, str]] | None,
@@ -198,7 +198,7 @@ def _describe(
     from ..data.describe import Describer
 
     with ReplyStore(out) if given is None else nullcontext() as store:
-        describer = Describer(photos, settings, store, given)
+        describer = Describer(records, settings, store, given)
         if requests.dry_run:
             describer.apply_gates()
             print_estimate(describer.estimate(endpoint.price, requests.batch), endpoint)
@@ -216,7 +216,7 @@ def _describe(
         raise InputError(complaint)
 
 
-def _check_ids(path: Path, given: dict[int, Any], photos: list[Any]) -> None:
-    unknown = given.keys() - {photo.image_id for photo in photos}
+def _check_ids(path: Path, given: dict[int, Any], records: list[Any]) -> None:
+    unknown = given.keys() - {record.image_id for record in records}
     if unknown:
         raise InputError(f"{path}: {len(unknown)} of its image_ids have no captions, first {min(unknown)}")

@@ -20,6 +20,9 @@ from .evaluate_sheet import sheet
 from .options import EndpointOptions, JudgeOptions
 from .quiet import quiet, quiet_datasets
 
+# Options that were renamed; their old names still work, but no help shows them.
+OLD_NAMES = {"grounding-photos": "grounding-images", "judge-sees-photo": "judge-sees-image"}
+
 app = typer.Typer(help="Evaluate models: completions, judge grades, originality, grounding, human ratings, report.")
 app.command("judge")(judge_command)
 app.command()(sheet)
@@ -28,7 +31,9 @@ app.command()(human_score)
 app.command()(probe)
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(
+    invoke_without_command=True, context_settings={"token_normalize_func": lambda name: OLD_NAMES.get(name, name)}
+)
 def evaluate(
     context: typer.Context,
     model: Annotated[
@@ -74,15 +79,15 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also evaluate BLIP, GIT, Kosmos-2 and SmolVLM.")
     ] = False,
-    grounding_photos: Annotated[
+    grounding_images: Annotated[
         int, typer.Option(min=0, help="Number of validation images for the grounding metrics; 0 skips them.")
     ] = 1000,
     judge: Annotated[
         str | None,
         typer.Option(help="Chat model that grades the completions; the paper used gpt-4o.", show_default="none"),
     ] = None,
-    judge_sees_photo: Annotated[
-        bool, typer.Option("--judge-sees-photo", help="Show the judge the images as well (beyond the paper).")
+    judge_sees_image: Annotated[
+        bool, typer.Option("--judge-sees-image", help="Show the judge the images as well (beyond the paper).")
     ] = False,
     judge_prompt: options.JudgePrompt = None,
     judge_base_url: options.BaseUrl = None,
@@ -129,10 +134,10 @@ def evaluate(
         images=images,
         prefix=prefix,
         max_new_tokens=max_new_tokens,
-        grounding_photos=grounding_photos,
+        grounding_images=grounding_images,
         endpoint=None if judge_options is None else judge_options.endpoint.endpoint(),
         judge=None if judge_options is None else judge_options.settings(),
-        judge_sees_photo=judge_sees_photo,
+        judge_sees_image=judge_sees_image,
     )
     quiet()
     quiet_datasets()

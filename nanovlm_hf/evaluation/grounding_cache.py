@@ -36,7 +36,7 @@ def cached_grounding(
         InputError: for a dataset that cannot be used.
     """
     rows = load_rows(settings.dataset, settings.variant, "validation", settings.written_from)
-    rows = rows.select(lowest_hashes(rows["image_id"], settings.grounding_photos))
+    rows = rows.select(lowest_hashes(rows["image_id"], settings.grounding_images))
     captions = [captions_of(row) for row in rows.remove_columns("image")]
     identity = {
         "weights": about["weights"],
@@ -67,7 +67,7 @@ def _usable_images(rows: Any, settings: EvaluationSettings, used: list[dict[str,
         used.append({column: value for column, value in row.items() if column != "image"})
         yield image
     if len(used) < 2:
-        raise InputError(f"{where}: grounding needs two images: skip it with --grounding-photos 0")
+        raise InputError(f"{where}: grounding needs two images: skip it with --grounding-images 0")
 
 
 def _read_cached(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:

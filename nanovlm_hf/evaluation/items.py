@@ -195,20 +195,20 @@ def items_of_folder(folder: Path, prefix: str, limit: int | None = None) -> list
     if not folder.is_dir():
         raise InputError(f"--images {folder}: not a folder")
     found = find_images([folder])
-    for photo in found:
-        if photo.error is not None:
-            raise InputError(f"--images {photo.error}")
+    for file in found:
+        if file.error is not None:
+            raise InputError(f"--images {file.error}")
     items: list[Item] = []
-    for photo in found:
+    for file in found:
         if limit is not None and len(items) == limit:
             break
         try:
-            image = open_image_file(photo.path)
+            image = open_image_file(file.path)
         except InputError as error:
             warn(f"--images {error}")
             continue
         # The report, which shows the name, is UTF-8.
-        items.append(Item(os.fsencode(photo.path.name).decode("utf-8", "backslashreplace"), image, prefix))
+        items.append(Item(os.fsencode(file.path.name).decode("utf-8", "backslashreplace"), image, prefix))
     if not items:
         raise InputError(f"--images {folder}: none of its images can be opened")
     return items

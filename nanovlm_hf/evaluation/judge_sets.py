@@ -23,7 +23,7 @@ def judge_sets(settings: EvaluationSettings, sets: list[ItemSet], results: dict[
     with ReplyStore(settings.out / "judge") as store:
         for one in sets:
             rows = [row for own in one.rows.values() for row in own]
-            images = {item.item_id: item.image for item in one.items} if settings.judge_sees_photo else None
+            images = {item.item_id: item.image for item in one.items} if settings.judge_sees_image else None
             judge = Judge(rows, settings.judge, store, images)
             if error is None:
                 judge.run(make_request_fn(settings.endpoint, store))

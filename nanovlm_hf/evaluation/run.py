@@ -109,7 +109,7 @@ def _complete_and_ground(
     for one in sets:
         say(f"{name}: {len(one.items)} completions, {one.name.replace('_', ' ')}")
         one.rows[name], one.about[name] = complete_items(generator, name, one.items, one.folder)
-    if settings.grounding_photos and isinstance(generator, NanoVLM):
+    if settings.grounding_images and isinstance(generator, NanoVLM):
         say(f"{name}: grounding")
         grounding[name] = cached_grounding(generator, name, settings, sets[0].about[name])
 

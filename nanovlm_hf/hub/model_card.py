@@ -215,7 +215,7 @@ def add_evaluation(folder: Path, report: Path) -> None:
     if folder.name not in results["models"]:
         raise InputError(f"{report}: results.json has no model {folder.name}: evaluate it")
     if folder.name not in results["grounding"]:
-        raise InputError(f"{report}: grounding was left out: evaluate with --grounding-photos")
+        raise InputError(f"{report}: grounding was left out: evaluate with --grounding-images")
     if folder.name not in results["sets"]["in_domain"]["models"]:
         raise InputError(f"{report}: results.json has no completions of {folder.name}: evaluate it again")
     settings = results["settings"]
