@@ -295,7 +295,8 @@ def test_output_folder_that_is_not_writable(run, tmp_path):
 )
 def test_old_names_of_options_still_work(run, old, new):
     code, _, errors = run("evaluate", old)
-    assert code == 2 and f"'{new}'" in only_line(errors)
+    assert code == 2
+    assert f"'{new}'" in only_line(errors)
 
 
 def test_help_does_not_import_torch():

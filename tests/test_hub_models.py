@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.completion import greedy_settings, load_model
 from nanovlm_hf.export.runtime import OnnxModel
-from nanovlm_hf.hub.model_metadata import eval_results
+from nanovlm_hf.hub.model_metadata import eval_results, hub_card
 from nanovlm_hf.hub.staging import stage_checkpoint
 
 from helpers.hub_client import online, run_commands
@@ -329,6 +329,14 @@ def test_card_metadata_state_the_metrics(staged):
     assert card.data.datasets == ["org/ShortDesc"]
     assert 'folder = "org/tiny"' in card.text
     assert "SHIPPED" not in card.text.split("folder = ")[1].splitlines()[0]
+
+
+def test_a_card_with_the_old_name_of_a_metric_is_accepted(tmp_path):
+    folder = shutil.copytree(SHIPPED["mini-short"], tmp_path / "checkpoint")
+    card = folder / "README.md"
+    assert "type: object_precision" in card.read_text()
+    card.write_text(card.read_text().replace("type: object_precision", "type: things_precision"))
+    assert "org/tiny" in hub_card(folder, "org/tiny")
 
 
 def test_weights_are_published_unchanged(staged):

@@ -22,7 +22,7 @@ model-index:
 - name: tiny
   results:
   - task: {type: image-text-to-text}
-    dataset: {name: "validation photos, see the card", type: nanovlm_hf, split: validation}
+    dataset: {name: "validation images, see the card", type: nanovlm_hf, split: validation}
     metrics:
     - {type: eval_loss, value: 2.5}
     - {type: eval_loss_wrong_photo, value: 2.75}

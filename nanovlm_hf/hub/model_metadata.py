@@ -24,9 +24,10 @@ METRICS = {
 REQUIRED = ("eval_loss", "eval_loss_wrong_photo", "grounding_gap")
 EVALUATED = {
     "r_at_1_of_32": ("Retrieval, R@1 of 32 descriptions", ("grounding", "retrieval", "32", "r_at_1", "mean")),
-    "things_precision": ("Object precision", ("in_domain", "mentions", "precision", "mean")),
+    "object_precision": ("Object precision", ("in_domain", "mentions", "precision", "mean")),
     "rouge1_nearest": ("ROUGE-1 to the nearest training text", ("in_domain", "originality", "rouge1_nearest")),
 }
+OLD_NAMES = {"things_precision": "object_precision"}  # of metrics, in cards of older versions
 REMEDY = "write it with `python -m nanovlm_hf.hub.model_card`"
 MAX_METRIC = 1e9  # losses, shares and ROUGE are far below
 MAX_METADATA = 200_000  # characters
@@ -59,7 +60,7 @@ def eval_results(folder: Path) -> list[EvalResult]:
         EvalResult(
             task_type="image-text-to-text",
             dataset_type="nanovlm_hf",
-            dataset_name=f"{split} photos, see the card",
+            dataset_name=f"{split} images, see the card",
             dataset_split=split,
             metric_type=name,
             metric_name=title,
@@ -109,7 +110,8 @@ def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) 
     results, metrics = eval_results(source), read_json(source / "metrics.json")
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
-        stated = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+        results_in_card = card.data.eval_results or []
+        stated = {OLD_NAMES.get(one.metric_type, one.metric_type): one.metric_value for one in results_in_card}
     except Exception as error:  # huggingface_hub raises many errors, as it expects metadata of the right shape
         raise InputError(f"{where}: its metadata are not those of a model card ({first_line(error)})") from None
     for result in results:
