@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import distractors, grounding
+from . import foils, grounding
 from .assets import read_word_list
 from .generators import INSTRUCTION, Chat, Generator
 
@@ -85,9 +85,9 @@ def measure_hash() -> str:
     constants = [
         grounding.MEASURES,
         sorted(grounding.GROUPS.items()),
-        distractors.COLOURS,
-        distractors.COUNTS,
-        distractors.COMMON,
+        foils.COLOURS,
+        foils.COUNTS,
+        foils.COMMON,
     ]
     words = [read_word_list(name) for name in ("synonyms.txt", "not_objects.txt")]
     return hash_of(json.dumps(part).encode() for part in (constants, words))
