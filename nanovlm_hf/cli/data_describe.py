@@ -212,8 +212,8 @@ def _describe(
         print(f"{name}: {counts['accepted']} described, {counts['rejected']} not{shown}")
     if describer.error is not None:
         raise describer.error
-    if (complaint := describer.complaint(out)) is not None:
-        raise InputError(complaint)
+    if (incomplete := describer.incomplete_reason(out)) is not None:
+        raise InputError(incomplete)
 
 
 def _check_ids(path: Path, given: dict[int, Any], records: list[Any]) -> None:

@@ -104,14 +104,14 @@ def _judge(completions: list[str], out: Path, judge_options: JudgeOptions, reque
     write_json(out / "judge.json", summary | {"lines": lines})
     _print_grades(summary)
     _print_flags(summary, out)
-    complaint = judge.complaint()
-    if judge.error is None and complaint is None and summary["missing_reasons"]:
+    incomplete = judge.incomplete_reason()
+    if judge.error is None and incomplete is None and summary["missing_reasons"]:
         reasons = ", ".join(f"{scrub(reason, 80)} {count}" for reason, count in summary["missing_reasons"].items())
         print(f"nanovlm: {out / 'judge.json'}: completions without a grade: {reasons}", file=sys.stderr)
     if judge.error is not None:
         raise judge.error
-    if complaint is not None:
-        raise InputError(complaint)
+    if incomplete is not None:
+        raise InputError(incomplete)
 
 
 def _print_grades(summary: dict[str, Any]) -> None:

@@ -253,7 +253,7 @@ class Describer:
             failures = self.apply_gates()
         return failures
 
-    def complaint(self, out: Path) -> str | None:
+    def incomplete_reason(self, out: Path) -> str | None:
         """Return why another run may accept more texts, or why there is none; None if neither is the case."""
         if self.stopped:
             return f"{self.stopped}: run again with a higher limit to resume"

@@ -220,7 +220,7 @@ class Judge:
             self.error = error
             self.read()
 
-    def complaint(self) -> str | None:
+    def incomplete_reason(self) -> str | None:
         """Return why grades are missing that another run may get, or why there are none at all; otherwise None."""
         if self.stopped:
             return f"{self.stopped}: raise it and run again to resume"
