@@ -267,7 +267,8 @@ def validate(content: Any, kind: type[T] | Any, where: str | Path) -> T:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{where}: {f'{scrub(field, 80)}: ' if field else ''}{scrub(problem['msg'])}") from None
+        message = problem["msg"].removeprefix("Value error, ")  # of a validator of this package
+        raise InputError(f"{where}: {f'{scrub(field, 80)}: ' if field else ''}{scrub(message)}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
 

@@ -370,13 +370,17 @@ def write_parquet(path, **columns):
     ("name", "make", "problem"),
     [
         ("foreign", lambda p: write_parquet(p, a=[1]), "no column 'image_id' of whole numbers"),
-        ("texts", lambda p: write_parquet(p, image_id=[1], text=["x"]), "no column 'description' of texts"),
-        ("numbers", lambda p: write_parquet(p, image_id=[1], description=[7]), "no column 'description' of texts"),
+        ("texts", lambda p: write_parquet(p, image_id=[1], text=["x"]), "no column 'description' of strings"),
+        ("numbers", lambda p: write_parquet(p, image_id=[1], description=[7]), "no column 'description' of strings"),
         ("ids", lambda p: write_parquet(p, image_id=["1"], description=["x"]), "no column 'image_id' of whole numbers"),
         ("null", lambda p: write_parquet(p, image_id=[1, None], description=["x", "y"]), "a row without image_id"),
         ("nulls", lambda p: write_parquet(p, image_id=[1, 2], description=["x", None]), "without image_id or descr"),
         ("twice", lambda p: write_parquet(p, image_id=[1, 1], description=["x", "y"]), "image_id 1 is a duplicate"),
-        ("bytes", lambda p: write_parquet(p, image_id=[1], description=[b"\xff"]), "no column 'description' of texts"),
+        (
+            "bytes",
+            lambda p: write_parquet(p, image_id=[1], description=[b"\xff"]),
+            "no column 'description' of strings",
+        ),
         ("empty", lambda p: p.write_bytes(b""), "not a readable Parquet file"),
         ("cut", lambda p: p.write_bytes(b"PAR1" + bytes(100) + b"PAR1"), "not a readable Parquet file"),
         ("folder", lambda p: p.mkdir(), "not a readable Parquet file"),
@@ -555,7 +559,7 @@ def test_images_or_text_only(run, tmp_path, sources):
 
 def test_an_existing_dataset_is_not_overwritten(built, sources):
     folder, _ = built
-    with pytest.raises(InputError, match="there is a dataset already"):
+    with pytest.raises(InputError, match="already contains a dataset"):
         build(sources, folder)
 
 

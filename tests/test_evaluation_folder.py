@@ -258,7 +258,7 @@ def test_a_folder_of_another_evaluation_is_unchanged(evaluate, finished, toy, tm
     for options in (("--limit", 2), ("--prefix-words", 2), ("--split", "test"), ("--max-new-tokens", 5)):
         code, errors = evaluate(toy / "data", "--grounding-images", 0, *options)
         assert code == 1
-        assert re.search(r"completions have other (items|settings): remove the file, or choose", only_line(errors))
+        assert re.search(r"completions differ in (items|settings): remove the file, or choose", only_line(errors))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

@@ -260,7 +260,7 @@ def test_refused_tokens_and_one_that_the_server_repeats(hub, tmp_path):
         hub, tmp_path / "home", *((token, PUSH) for token in ("hf_wrong", "hf_read", echo, None))
     )
     assert "org/tiny: the Hub does not accept the token (401)" in only_line(wrong.stderr.splitlines())
-    assert "org/tiny: the token may not write there (403)" in only_line(reader.stderr.splitlines())
+    assert "org/tiny: the token is not allowed to write there (403)" in only_line(reader.stderr.splitlines())
     for done in echoes:
         assert "org/tiny: the Hub refuses it (" in only_line(done.stderr.splitlines())
         assert echo not in done.stdout + done.stderr
@@ -377,7 +377,10 @@ def test_an_auto_map_of_other_code_is_not_published(staged, tmp_path):
     [
         (lambda folder: (folder / "README.md").unlink(), "README.md is missing"),
         (lambda folder: (folder / "metrics.json").unlink(), "metrics.json is missing"),
-        (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no number eval_loss"),
+        (
+            lambda folder: (folder / "metrics.json").write_text("{}"),
+            "metrics.json: eval_loss is missing or is not a number",
+        ),
         (
             lambda folder: (folder / "metrics.json").write_text(json.dumps(METRICS | {"eval_loss": 1.0})),
             "README.md does not state that eval_loss is 1.0",

@@ -138,7 +138,7 @@ class _Batches:
         batch = self.api.find(digest, noted) or self.api.create(path.name, content, digest)
         self.jobs.note(path, batch_id=batch.id)
         count = content.count(b"\n")
-        self.say(f"{path.name}: {count} requests are at {self.endpoint.address} as {batch.id}")
+        self.say(f"{path.name}: {count} requests were submitted to {self.endpoint.address} as {batch.id}")
         return batch.id
 
     def _fetch(self, path: Path, known: dict[str, ChatRequest]) -> None:

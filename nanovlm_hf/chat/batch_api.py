@@ -139,11 +139,11 @@ class BatchApi:
             raise self.endpoint.error_for_all(api_error) or EndpointError(f"{address}: {api_error}") from None
         except (openai.APIConnectionError, httpx2.HTTPError, BodyError) as error:
             raise EndpointError(
-                f"{address}: {first_line(error.__cause__ or error)}: nothing is lost, the same command resumes "
+                f"{address}: {first_line(error.__cause__ or error)}: nothing is lost; the same command resumes "
                 "from here"
             ) from None
         except InputError as error:
-            raise EndpointError(f"{address}: a response of the Batch API is malformed ({error})") from None
+            raise EndpointError(f"{address}: the response of the Batch API is malformed ({error})") from None
 
 
 class _NotFoundError(EndpointError):

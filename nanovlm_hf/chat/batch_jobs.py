@@ -83,7 +83,7 @@ class JobFolder:
                 raise InputError(f"{path}: line {number} is not a request: {remedy}") from None
             requests[request.key] = request
         if not requests:
-            raise InputError(f"{path}: is empty: {remedy}")
+            raise InputError(f"{path}: the file is empty: {remedy}")
         return requests
 
     def state(self, path: Path) -> JobState:

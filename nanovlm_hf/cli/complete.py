@@ -53,8 +53,8 @@ class GenerationOptions:
         from ..completion_files import LOWEST_TEMPERATURE
 
         if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
-            limits = f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}"
-            raise UsageError(f"--temperature {self.temperature:g}: it is 0, which does not sample, or {limits}")
+            limits = f"between {LOWEST_TEMPERATURE:g} and {HIGHEST_TEMPERATURE:g}"
+            raise UsageError(f"--temperature {self.temperature:g}: must be 0 (no sampling) or {limits}")
         wanted = self.num_return_sequences
         if wanted > 1 and self.temperature == 0 and (self.num_beams or 1) < wanted:
             raise UsageError(

@@ -78,7 +78,7 @@ class DescribeOptions:
 
         every = self.variant in ("all", "both")  # `both` was the name when there were two
         if not every and self.variant not in VARIANTS:
-            raise UsageError(f"--variant {self.variant}: it is {', '.join(VARIANTS)} or all")
+            raise UsageError(f"--variant {self.variant}: choose {', '.join(VARIANTS)} or all")
         prompts, accepted = {}, {name: one.accepted for name, one in VARIANTS.items()}
         for name, one in self.by_variant.items():
             words = parse_range(f"--words-{name}", one.words)

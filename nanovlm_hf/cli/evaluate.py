@@ -105,9 +105,9 @@ def evaluate(
     if not model or dataset is None or out is None:
         raise UsageError("--model, --dataset and --out are required; see nanovlm evaluate --help")
     if variant not in VARIANTS:
-        raise UsageError(f"--variant {variant}: it is {' or '.join(VARIANTS)}")
+        raise UsageError(f"--variant {variant}: choose {' or '.join(VARIANTS)}")
     if written_from not in (None, "captions", "image"):
-        raise UsageError(f"--written-from {written_from}: it is captions or image")
+        raise UsageError(f"--written-from {written_from}: choose captions or image")
     judge_options = None
     if judge is not None:
         endpoint_options = EndpointOptions(judge, judge_base_url, concurrency, timeout, price, max_cost)

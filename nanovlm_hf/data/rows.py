@@ -87,7 +87,7 @@ def checked(row: dict[str, Any], dataset: str, texts: Iterable[str] = ("descript
     row["image_id"] = whole_number(row.get("image_id"), f"{dataset}: 'image_id'")
     for name in texts:
         if not isinstance(row.get(name), str):
-            raise InputError(f"{dataset}: image_id {row['image_id']}: {name!r} must be a text")
+            raise InputError(f"{dataset}: image_id {row['image_id']}: {name!r} must be a string")
     return row
 
 
@@ -129,8 +129,8 @@ def _is_texts(kind: pa.DataType) -> bool:
 
 _KINDS = {
     "image_id": ("whole numbers", pa.types.is_integer),
-    "description": ("texts", _is_text),
-    "captions": ("lists of texts", _is_texts),
+    "description": ("strings", _is_text),
+    "captions": ("lists of strings", _is_texts),
 }
 
 

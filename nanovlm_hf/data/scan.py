@@ -21,7 +21,7 @@ from .statistics import MOST_COMMON, TextStatistics
 _ONE_BUILD = "the folder must hold the files of one build alone"
 _COLUMNS = {
     "image_id": ("whole numbers", pa.types.is_integer),
-    "description": ("texts", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
+    "description": ("strings", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
 }
 
 

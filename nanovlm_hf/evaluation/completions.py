@@ -106,7 +106,7 @@ def _about_before(path: Path, about_path: Path, about: dict[str, Any]) -> dict[s
         raise InputError(f"{about_path}: not a file of `nanovlm evaluate`: remove it and {path.name}")
     for field, value in about.items():
         if before.get(field) != value:
-            raise InputError(f"{path}: these completions have other {field}: remove the file, or choose another --out")
+            raise InputError(f"{path}: these completions differ in {field}: remove the file, or choose another --out")
     return before
 
 
@@ -122,7 +122,9 @@ def _rows_before(path: Path, name: str, items: list[Item]) -> dict[str, Row]:
             or not measured
             or (row.model, row.prefix, row.reference) != (name, item.prefix, item.reference)
         ):
-            raise InputError(f"{path}: item {scrub(row.item_id, 40)} is not of this evaluation: remove the file")
+            raise InputError(
+                f"{path}: item {scrub(row.item_id, 40)} does not belong to this evaluation: remove the file"
+            )
         done[row.item_id] = row
     return done
 

@@ -99,7 +99,7 @@ class NanoVLM(Generator):
 
     def __init__(self, name: str, model: Any, processor: NanoVLMProcessor, max_new_tokens: int = DEFAULT_NEW_TOKENS):
         super().__init__(name, model, processor, max_new_tokens)
-        del self.settings["num_beams"]  # as it ships
+        del self.settings["num_beams"]  # use the checkpoint's own
         self.settings["suppress_tokens"] = [model.config.image_token_id]
 
     def complete(self, image: Image.Image, prefix: str) -> Generated:

@@ -30,7 +30,7 @@ class Graded:
     """The grades of a file.
 
     Attributes:
-        kind: `text` for the five criteria, `claims` for the picture-aware grade.
+        kind: `text` for the five criteria, `claims` for claim grades, for which the grader sees the image.
         scores: grades of each graded item of the sheet, by criterion.
     """
 
@@ -52,8 +52,8 @@ def read_graded(path: Path, key: Key) -> Graded:
         key: of the sheet that was graded.
 
     Raises:
-        InputError: with the line, the field and the remedy: for a grade that is no number or out of range, an item
-            that is graded twice, in part, or is not of the sheet; and for a file that cannot be read.
+        InputError: with the line, the field and the remedy, if a grade is not a number or out of range, or an item is
+            graded twice, only in part, or not on the sheet; and if the file cannot be read.
     """
     text = read_text(path, MAX_BYTES)
     is_json = text.lstrip().startswith(("{", "["))
@@ -75,7 +75,7 @@ def read_graded(path: Path, key: Key) -> Graded:
         item = values.pop("item").strip()
         shown = scrub(item, 40)
         if item not in allowed or (kind == "claims" and not allowed[item].image):
-            raise InputError(f"{where}: item: {shown!r} is not of this sheet: use the key that was written with it")
+            raise InputError(f"{where}: item: {shown!r} is not on this sheet: use the key that was written with it")
         if item in first:
             raise InputError(f"{where}: item: {shown} is on line {first[item]} too: remove one of them")
         first[item] = number
@@ -92,7 +92,7 @@ def read_graded(path: Path, key: Key) -> Graded:
 def _kind(where: str, content: dict[str, Any]) -> Kind:
     text, claims = (any(name in content for name in fields_of(kind)) for kind in ("text", "claims"))
     if text == claims:
-        raise InputError(f"{where}: it must have either {', '.join(judge.CRITERIA)}, or {' and '.join(CLAIMS)}")
+        raise InputError(f"{where}: must have either {', '.join(judge.CRITERIA)}, or {' and '.join(CLAIMS)}")
     return "text" if text else "claims"
 
 

@@ -73,7 +73,7 @@ def write_grading_sheet(
 
     Args:
         rows: completions of one or several models.
-        images: images by item id, for the picture-aware grade.
+        images: images by item id, for the claim grades, for which the grader sees the image.
         out: folder to make.
         calibration: mix in the reference descriptions and the outputs that the paper prints.
         seed: of the order; the same texts and seed write the same files.
