@@ -293,6 +293,17 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically, with an indentation of two spaces."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def json_line(content: Any) -> str:
+    """Return content as a line of a JSON Lines file, with its line break."""
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
 def flush_to_disk(path: Path) -> None:
     """Flush a file, or a folder and everything in it, to disk."""
     if path.is_dir():

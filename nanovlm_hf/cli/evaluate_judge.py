@@ -83,8 +83,9 @@ def _judge(completions: list[str], out: Path, judge_options: JudgeOptions, reque
     from ..chat.replies import ReplyStore
     from ..chat.terminal import make_request_fn, print_estimate
     from ..evaluation.calibration import calibration, paper_outputs, printed_scores
-    from ..evaluation.completions import read_all_rows, texts_of_other_beginnings, write_json
+    from ..evaluation.completions import read_all_rows, texts_of_other_beginnings
     from ..evaluation.judge import Judge
+    from ..files import write_json
 
     endpoint = judge_options.endpoint.endpoint(needs_key=not requests.dry_run)
     settings = judge_options.settings()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ..chat.prices import BATCH_DISCOUNT, Price, estimate_tokens
 from ..chat.replies import ChatRequest, ReplyStore, fingerprint_of
 from ..chat.untrusted import data_note, delimited
 from ..errors import InputError, Interrupt
-from ..files import atomic_write, read_text
+from ..files import atomic_write, json_line, read_text, write_json
 from ..variants import VARIANTS, LengthRange
 from . import quality
 from .report import DescriptionReport
@@ -303,10 +302,10 @@ class Describer:
                     else:
                         line = self._rejection(item, text)
                         report.reject(item.variant, line["reasons"])
-                        bad.write(_json_line(line))
+                        bad.write(json_line(line))
                 origin = "captions" if self.given is None else self.given.get(image_id, {}).get(WRITTEN_FROM)
                 if texts:
-                    good.write(_json_line({"image_id": image_id} | texts | ({WRITTEN_FROM: origin} if origin else {})))
+                    good.write(json_line({"image_id": image_id} | texts | ({WRITTEN_FROM: origin} if origin else {})))
         settings = self.settings
         content = {
             "model": settings.model,
@@ -318,8 +317,7 @@ class Describer:
         }
         if self.store is not None:
             content["tokens"] = {"prompt": self.store.prompt_tokens, "completion": self.store.completion_tokens}
-        with atomic_write(out / "report.json") as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_json(out / "report.json", content)
         return content
 
     def _rejection(self, item: Item, text: str | None) -> dict[str, Any]:
@@ -339,7 +337,3 @@ class Describer:
             reasons.append("no_text" if self.given is not None else "not_asked")
         line["reasons"] = reasons
         return line if item.tried == 0 else line | {"attempts": item.tried, "text": text}
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, model_validator
 
 from ..errors import scrub
-from ..files import read_json, validate
+from ..files import read_json, validate, write_json
 from .calibration import calibration, paper_outputs, printed_scores
-from .completions import read_rows, write_json
+from .completions import read_rows
 from .grade_files import Graded, Kind, fields_of
 from .human import krippendorff_alpha
 from .intervals import bootstrap

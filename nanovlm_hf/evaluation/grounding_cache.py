@@ -11,8 +11,7 @@ from PIL import Image
 
 from ..data.splits import lowest_hashes
 from ..errors import InputError
-from ..files import read_json
-from .completions import write_json
+from ..files import read_json, write_json
 from .fingerprints import hash_of, measure_hash, rows_hash
 from .generators import NanoVLM
 from .grounding import measure_grounding

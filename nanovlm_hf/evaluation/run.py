@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, Interrupt
-from ..files import locked
-from .completions import complete_items, write_json
+from ..files import locked, write_json
+from .completions import complete_items
 from .generators import NanoVLM, load_generator, public_name, short_name
 from .graders import read_records
 from .grounding_cache import cached_grounding

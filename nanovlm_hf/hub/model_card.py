@@ -18,13 +18,13 @@ from ..checkpoints import NAMES
 from ..completion import load_config
 from ..configuration_nanovlm import NanoVLMConfig
 from ..errors import InputError
-from ..evaluation.completions import read_rows, write_json
+from ..evaluation.completions import read_rows
 from ..evaluation.graders import GraderRecord, read_records
 from ..evaluation.items import PREFIX_WORDS
 from ..evaluation.report import interval
 from ..evaluation.report_graders import graders_tables
 from ..evaluation.templates import markdown
-from ..files import atomic_write, read_json, validate
+from ..files import atomic_write, read_json, validate, write_json
 from ..paper_nanovlm import TABLE_1
 from ..training.cli_errors import one_line_errors
 from ..training.compute import compute_statement, emissions, stages
