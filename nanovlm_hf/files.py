@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
@@ -181,10 +181,26 @@ def read_jsonl(path: str | Path, skip_unfinished: bool = False) -> Iterator[tupl
     Raises:
         InputError: as `read_text` and `parse_json`, with the line number.
     """
+    yield from _parse_lines(_finished_lines(path), path) if skip_unfinished else parse_jsonl(read_text(path), path)
+
+
+def parse_jsonl(text: str, where: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield the line number (from 1) and the content of each non-empty line of JSON Lines.
+
+    Args:
+        where: source for error messages.
+
+    Raises:
+        InputError: as `parse_json`, with the line number.
+    """
     # Not `splitlines`: JSON strings may contain Unicode's other line separators (U+2028, U+0085).
-    for number, line in enumerate(_finished_lines(path) if skip_unfinished else read_text(path).split("\n"), start=1):
+    return _parse_lines(text.split("\n"), where)
+
+
+def _parse_lines(lines: Iterable[str], where: str | Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield number, parse_json(line, f"{path}: line {number}")
+            yield number, parse_json(line, f"{where}: line {number}")
 
 
 def _finished_lines(path: str | Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, create_model
 
 from ..errors import InputError, first_line, scrub
-from ..files import parse_json, read_text, validate
+from ..files import parse_jsonl, read_text, validate
 from . import judge
 from .judge import HIGHEST, Grade
 from .sheets import CLAIMS, Key
@@ -108,13 +108,11 @@ def _remedy(kind: Kind) -> str:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            content = parse_json(line, where)
-            if not isinstance(content, dict):
-                raise InputError(f"{where}: not a JSON object: write one object with `item` on each line")
-            yield number, _by_name(where, list(content.items()))
+    for number, content in parse_jsonl(text, path):
+        where = f"{path}: line {number}"
+        if not isinstance(content, dict):
+            raise InputError(f"{where}: not a JSON object: write one object with `item` on each line")
+        yield number, _by_name(where, list(content.items()))
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
