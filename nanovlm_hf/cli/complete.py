@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Exit
 
-from ..errors import UsageError, printable
+from ..errors import UsageError, printable, warn
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def complete(
     paths = images or [_sample_image()]
     results = _results(model, paths, prefix, options)
     for line in skipped_files(paths):
-        print(f"nanovlm: {line}", file=sys.stderr)
+        warn(line)
     if as_json and hasattr(sys.stdout, "reconfigure"):
         # JSON is UTF-8 whatever the locale is; bytes of a file name that are not UTF-8 are escaped as JSON escapes.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -123,7 +123,7 @@ def complete(
         if as_json:
             print(json.dumps(_json_row(result, prefix), ensure_ascii=False), flush=True)
         if result.error is not None:
-            print(f"nanovlm: {result.error}", file=sys.stderr, flush=True)
+            warn(result.error)
         elif not as_json:
             _print_texts(result, labelled)
     if failed:
@@ -172,5 +172,5 @@ def _sample_image() -> Path:
     else:
         path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
         source = "a sample image of Matplotlib"
-    print(f"nanovlm: no image given; using {path.name}, {source}", file=sys.stderr)
+    warn(f"no image given; using {path.name}, {source}")
     return path

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, warn
 from ..extras import require
 from ..variants import VARIANTS
 from . import options
@@ -142,6 +141,6 @@ def evaluate(
     quiet()
     quiet_datasets()
     for line in skipped_files([] if images is None else [images]):
-        print(f"nanovlm: {line}", file=sys.stderr)
+        warn(line)
     run.evaluate(settings)
     print(out / "index.html")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, UsageError, scrub
+from ..errors import InputError, UsageError, scrub, warn
 
 if TYPE_CHECKING:
     from ..evaluation.graders import GraderRecord
@@ -44,7 +43,7 @@ def record_grades(grades: list[Path], graders: list[str], key: Path | None, day:
         _print_record(record)
         if record.missing:
             counts = f"{record.missing} of {record.texts} texts have no grades"
-            print(f"nanovlm: {path}: {counts}: they do not count", file=sys.stderr)
+            warn(f"{path}: {counts}: they do not count")
     print(write_graders_page(out / "grades"))
 
 

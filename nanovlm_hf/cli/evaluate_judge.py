@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import InputError, UsageError, scrub
+from ..errors import InputError, UsageError, scrub, warn
 from ..extras import require
 from . import options
 from .evaluate_grades import record_grades
@@ -93,7 +92,7 @@ def _judge(completions: list[str], out: Path, judge_options: JudgeOptions, reque
     rows, printed = read_all_rows(paths), printed_scores(paths)
     others = texts_of_other_beginnings(rows)
     if others:
-        print(f"nanovlm: {others}: they are graded as they are", file=sys.stderr)
+        warn(f"{others}: they are graded as they are")
     with ReplyStore(out) as store:
         judge = Judge(rows, settings, store)
         if requests.dry_run:
@@ -108,7 +107,7 @@ def _judge(completions: list[str], out: Path, judge_options: JudgeOptions, reque
     incomplete = judge.incomplete_reason()
     if judge.error is None and incomplete is None and summary["missing_reasons"]:
         reasons = ", ".join(f"{scrub(reason, 80)} {count}" for reason, count in summary["missing_reasons"].items())
-        print(f"nanovlm: {out / 'judge.json'}: completions without a grade: {reasons}", file=sys.stderr)
+        warn(f"{out / 'judge.json'}: completions without a grade: {reasons}")
     if judge.error is not None:
         raise judge.error
     if incomplete is not None:
@@ -134,6 +133,6 @@ def _print_flags(summary: dict[str, Any], out: Path) -> None:
 
     for one in summary["flagged"][:SHOWN_FLAGS]:
         item = shown_item(one["item_id"], one["model"])
-        print(f"nanovlm: {item} mentions grades or instructions ({scrub(one['flagged'], 80)})", file=sys.stderr)
+        warn(f"{item} mentions grades or instructions ({scrub(one['flagged'], 80)})")
     if len(summary["flagged"]) > SHOWN_FLAGS:
-        print(f"nanovlm: {out / 'judge.json'}: {len(summary['flagged'])} texts are flagged in all", file=sys.stderr)
+        warn(f"{out / 'judge.json'}: {len(summary['flagged'])} texts are flagged in all")
