@@ -10,8 +10,7 @@ import argparse
 
 from ..completion import load_model
 from ..data.splits import lowest_hashes
-from ..errors import InputError
-from ..training.cli_errors import one_line_errors
+from ..errors import InputError, one_line_errors
 from ..variants import VARIANTS
 from .coherence import repeats
 from .items import load_rows, open_image

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from ..checkpoints import NAMES
 from ..completion import load_config
 from ..configuration_nanovlm import NanoVLMConfig
-from ..errors import InputError
+from ..errors import InputError, one_line_errors
 from ..evaluation.completions import read_rows
 from ..evaluation.graders import GraderRecord, read_records
 from ..evaluation.items import PREFIX_WORDS
@@ -26,7 +26,6 @@ from ..evaluation.report_graders import graders_tables
 from ..evaluation.templates import markdown
 from ..files import atomic_write, read_json, validate, write_json
 from ..paper_nanovlm import TABLE_1
-from ..training.cli_errors import one_line_errors
 from ..training.compute import compute_statement, emissions, stages
 from ..training.lineage import command, lineage
 from ..training.run_record import RECORD, Evaluation, VariantName, checkpoint_record, images_per_step
