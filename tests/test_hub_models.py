@@ -11,10 +11,11 @@ import transformers
 from huggingface_hub import ModelCard
 
 from nanovlm_hf.checkpoints import SHIPPED
-from nanovlm_hf.completion import greedy_settings, load_model
+from nanovlm_hf.completion import greedy_settings
 from nanovlm_hf.export.runtime import OnnxModel
 from nanovlm_hf.hub.model_metadata import eval_results, hub_card
 from nanovlm_hf.hub.staging import stage_checkpoint
+from nanovlm_hf.loading import load_model
 
 from helpers.hub_client import online, run_commands
 from helpers.models import random_image

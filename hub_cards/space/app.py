@@ -17,10 +17,11 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
 from nanovlm_hf import PRESETS, SHIPPED, InputError, NanoVLMConfig
-from nanovlm_hf.completion import blank_image, load_model, stream
+from nanovlm_hf.completion import blank_image, stream
 from nanovlm_hf.devices import cpu_count
 from nanovlm_hf.export.page import EXAMPLES
 from nanovlm_hf.images import open_image_file
+from nanovlm_hf.loading import load_model
 from nanovlm_hf.variants import VARIANTS
 
 CACHED_MODELS = 2  # kept in memory; a Space has several visitors, but only two cores

@@ -140,9 +140,10 @@ def _results(model: str, paths: list[Path], prefix: str, options: GenerationOpti
         return complete_files(OnnxModel(Path(model)), paths, prefix, options.max_new_tokens, options.blind)
 
     from .. import completion
+    from ..loading import load_model
 
     quiet()
-    loaded, processor = completion.load_model(model)
+    loaded, processor = load_model(model)
     return completion.complete(loaded, processor, paths, prefix, **options.arguments())
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..completion import load_model
 from ..data.splits import lowest_hashes
 from ..errors import InputError, one_line_errors
+from ..loading import load_model
 from ..variants import VARIANTS
 from .coherence import repeats
 from .items import load_rows, open_image

@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import BaseModel
 
 from ..checkpoints import NAMES
-from ..completion import load_config
 from ..configuration_nanovlm import NanoVLMConfig
 from ..errors import InputError, one_line_errors
 from ..evaluation.completions import read_rows
@@ -25,6 +24,7 @@ from ..evaluation.report import interval
 from ..evaluation.report_graders import graders_tables
 from ..evaluation.templates import markdown
 from ..files import atomic_write, read_json, validate, write_json
+from ..loading import load_config
 from ..paper_nanovlm import TABLE_1
 from ..training.compute import compute_statement, emissions, stages
 from ..training.lineage import command, lineage
