@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..checkpoints import SHIPPED
 from ..completion import Completion, complete
-from ..hub_cards.space.app import EXAMPLES
+from ..export.page import EXAMPLES
 from ..images import open_image_file
 from ..loading import load_model
 
