@@ -23,7 +23,7 @@ from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.encoding import jpeg_bytes
 from nanovlm_hf.data.join import join_images
 from nanovlm_hf.data.sources import read_captions, read_descriptions
-from nanovlm_hf.data.splits import hash_of, split_of
+from nanovlm_hf.data.splits import split_of, split_position
 from nanovlm_hf.data.tokenizer import train_tokenizer, train_tokenizer_on
 from nanovlm_hf.hub import dataset_card
 from nanovlm_hf.hub.dataset_card import write_card
@@ -111,7 +111,7 @@ def test_splits_depend_on_the_id_alone():
     assert shares["test"] == pytest.approx(0.01, abs=0.003)
     assert shares["validation"] == pytest.approx(0.10, abs=0.01)
     # A change of these values would move images of published datasets to other splits.
-    assert hash_of(42) == 0.4503076495696752
+    assert split_position(42) == 0.4503076495696752
     assert [image_id for image_id in range(300) if split_of(image_id) == "test"] == [178, 245, 286]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from ..data.splits import hash_of
+from ..data.splits import split_position
 from .object_hallucination import classes_of, objects_in
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "pink", "orange", "purple", "grey")
@@ -40,7 +40,7 @@ def foils_of(texts: list[str], captions: list[list[str]]) -> dict[str, dict[int,
 
 
 def _choose(words: list[str], index: int) -> str:
-    return words[int(hash_of(index) * len(words))]
+    return words[int(split_position(index) * len(words))]
 
 
 def _swap(text: str, span: tuple[int, int], word: str) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from ..data.splits import lowest_hashes
 from ..errors import InputError
 from ..files import read_json, write_json
-from .fingerprints import hash_of, measure_hash, rows_hash
+from .fingerprints import digest_of, measure_hash, rows_hash
 from .generators import NanoVLM
 from .grounding import measure_grounding
 from .items import captions_of, load_rows, usable_rows
@@ -82,4 +82,4 @@ def _read_cached(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _digest(measured: dict[str, Any]) -> str:
-    return hash_of([json.dumps(measured, sort_keys=True).encode()])
+    return digest_of([json.dumps(measured, sort_keys=True).encode()])

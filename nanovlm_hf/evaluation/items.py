@@ -15,7 +15,7 @@ from PIL import Image
 from ..completion_files import find_images
 from ..data.rows import check_columns, image_bytes, image_name, load, readable
 from ..data.sources import WRITTEN_FROM, whole_number
-from ..data.splits import hash_of
+from ..data.splits import split_position
 from ..errors import InputError, scrub, warn
 from ..files import read_text
 from ..images import open_image_file
@@ -153,7 +153,7 @@ def items_of_dataset(
     rows = load_rows(dataset, variant, split, written_from)
     indices = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     if ids is None:
-        ids = sorted(indices, key=hash_of)[:limit]
+        ids = sorted(indices, key=split_position)[:limit]
     missing = [image_id for image_id in ids if image_id not in indices]
     if missing:
         raise InputError(f"--items: image {missing[0]} is not in the {split} split of {dataset} ({variant})")
