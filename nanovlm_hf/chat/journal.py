@@ -84,6 +84,11 @@ class Journal:
         self._in.close()
 
 
+def request_key(fingerprint: str, attempt: int) -> str:
+    """Return the key of a request in the store and in a batch (at most 64 characters)."""
+    return f"{fingerprint}-{attempt}"
+
+
 def key_of(row: dict[str, Any]) -> str:
     """Return the key of the request that an object belongs to.
 
@@ -93,7 +98,7 @@ def key_of(row: dict[str, Any]) -> str:
     fingerprint, attempt = row.get("fingerprint"), row.get("attempt")
     if not isinstance(fingerprint, str) or not isinstance(attempt, int) or isinstance(attempt, bool):
         raise ValueError("not a request")
-    return f"{fingerprint}-{attempt}"
+    return request_key(fingerprint, attempt)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..errors import InputError, scrub
 from ..files import locked
 from .answers import Reply
 from .api_errors import ApiError
-from .journal import Journal, key_of
+from .journal import Journal, key_of, request_key
 from .prices import BATCH_DISCOUNT, estimate_reply, estimate_tokens
 
 REFUSAL = "refusal"  # also the name of the gate for replies that decline
@@ -41,8 +41,8 @@ class ChatRequest:
 
     @property
     def key(self) -> str:
-        """Key of the request in the store and in a batch (at most 64 characters)."""
-        return f"{self.fingerprint}-{self.attempt}"
+        """Key of the request (`request_key`)."""
+        return request_key(self.fingerprint, self.attempt)
 
 
 def fingerprint_of(model: str, parameters: dict[str, Any], messages: list[dict[str, Any]]) -> str:

@@ -103,10 +103,12 @@ def evaluate(
         return
     if not model or dataset is None or out is None:
         raise UsageError("--model, --dataset and --out are required; see nanovlm evaluate --help")
+    from ..data.sources import ORIGINS
+
     if variant not in VARIANTS:
         raise UsageError(f"--variant {variant}: choose {' or '.join(VARIANTS)}")
-    if written_from not in (None, "captions", "image"):
-        raise UsageError(f"--written-from {written_from}: choose captions or image")
+    if written_from not in (None, *ORIGINS):
+        raise UsageError(f"--written-from {written_from}: choose {' or '.join(ORIGINS)}")
     judge_options = None
     if judge is not None:
         endpoint_options = EndpointOptions(judge, judge_base_url, concurrency, timeout, price, max_cost)

@@ -11,7 +11,7 @@ import typer
 from ..errors import InputError, UsageError, scrub, warn
 from ..extras import require
 from . import options
-from .evaluate_grades import record_grades
+from .evaluate_grades import print_calibration, record_grades
 from .options import EndpointOptions, JudgeOptions, RequestOptions
 
 SHOWN_FLAGS = 5
@@ -124,8 +124,7 @@ def _print_grades(summary: dict[str, Any]) -> None:
         total = graded["total"]["mean"]
         print(f"{scrub(name, 60):<24} {'-' if total is None else f'{total:.2f}':>6}   {shown}")
     if summary["calibration"] is not None:
-        found = summary["calibration"]
-        print(f"difference from the paper's judge on {found['items']} texts: {found['mean_difference']:+.2f} per grade")
+        print_calibration(summary["calibration"]["items"], summary["calibration"]["mean_difference"])
 
 
 def _print_flags(summary: dict[str, Any], out: Path) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chat.answers import all_thinking
-from ..chat.prices import BATCH_DISCOUNT, Price, estimate_tokens
+from ..chat.journal import request_key
+from ..chat.prices import Price, cost_estimate, estimate_tokens
 from ..chat.replies import ChatRequest, ReplyStore, fingerprint_of
 from ..chat.untrusted import data_note, delimited
 from ..errors import InputError, Interrupt
@@ -176,7 +177,7 @@ class Describer:
         ]
 
     def _next_key(self, item: Item) -> str:
-        return f"{item.fingerprint}-{item.tried + 1}"
+        return request_key(item.fingerprint, item.tried + 1)
 
     def request(self, item: Item) -> ChatRequest:
         """Return the next request for an item."""
@@ -190,7 +191,7 @@ class Describer:
 
     def _reply(self, item: Item, attempt: int) -> dict[str, Any] | None:
         if self.given is None:
-            return self.store.get(f"{item.fingerprint}-{attempt}")
+            return self.store.get(request_key(item.fingerprint, attempt))
         text = self.given.get(item.image.image_id, {}).get(item.variant)
         return {"text": text, "finish_reason": None, "refusal": None} if text and attempt == 1 else None
 
@@ -264,24 +265,11 @@ class Describer:
         return f"{out / 'rejected.jsonl'}: no description was accepted: {hint}"
 
     def estimate(self, price: Price | None, batch: bool) -> dict[str, Any]:
-        """Estimate the costs of one request for each missing text.
-
-        Returns:
-            `calls`, `prompt_tokens`, `completion_tokens` and `cost` in US dollars (None without a price).
-        """
+        """Estimate the cost of one request for each missing text, as `cost_estimate` returns it."""
         missing = self.missing()
         prompt_tokens = sum(estimate_tokens(self._messages(item.image, item.variant)) for item in missing)
         words = sum(sum(VARIANTS[item.variant].requested.words) / 2 for item in missing)
-        completion_tokens = words * TOKENS_PER_WORD
-        cost = None
-        if price is not None:
-            cost = price.cost(prompt_tokens, completion_tokens) * (BATCH_DISCOUNT if batch else 1.0)
-        return {
-            "calls": len(missing),
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": round(completion_tokens),
-            "cost": cost,
-        }
+        return cost_estimate(len(missing), prompt_tokens, words * TOKENS_PER_WORD, price, batch)
 
     def write(self, out: Path, failures: Counter[tuple[str, str]]) -> dict[str, Any]:
         """Write `descriptions.jsonl`, `rejected.jsonl` and `report.json` atomically.

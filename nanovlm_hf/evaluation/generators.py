@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ..checkpoints import NAMES
-from ..completion import DEFAULT_NEW_TOKENS, finite_logits
+from ..completion import finite_logits
+from ..completion_files import DEFAULT_NEW_TOKENS
 from ..configuration_nanovlm import NanoVLMConfig
 from ..devices import default_device
 from ..errors import InputError, first_line
