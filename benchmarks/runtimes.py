@@ -28,6 +28,7 @@ from nanovlm_hf.export.page import EXAMPLES, build_page
 from nanovlm_hf.export.page_server import page_server
 from nanovlm_hf.export.runtime import OnnxModel
 from nanovlm_hf.images import open_image_file
+from nanovlm_hf.loading import load_model
 
 IMAGES = Path(str(files("nanovlm_hf.hub_cards.space"))) / "examples"
 HEADLESS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -35,7 +36,7 @@ HEADLESS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", 
 
 def pytorch(name):
     """Return a function that completes a prefix about an image file."""
-    model, processor = completion.load_model(name)
+    model, processor = load_model(name)
 
     def call(path, prefix):
         (one,) = completion.complete(model, processor, [path], prefix, num_beams=1)

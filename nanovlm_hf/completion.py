@@ -15,7 +15,6 @@ from .completion_files import DEFAULT_NEW_TOKENS, Completion, find_images
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, completion_line
 from .images import open_image_file
-from .loading import load_config, load_model
 from .modeling_nanovlm import NanoVLMForConditionalGeneration
 from .processing_nanovlm import NanoVLMProcessor
 
@@ -201,7 +200,5 @@ __all__ = [
     "finite_logits",
     "fit_new_tokens",
     "greedy_settings",
-    "load_config",
-    "load_model",
     "stream",
 ]

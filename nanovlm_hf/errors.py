@@ -6,6 +6,8 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MAX_MESSAGE = 300  # characters kept of a message that this package did not write
 
@@ -127,3 +129,12 @@ def report(program: str, error: BaseException) -> int:
     if isinstance(error, Interrupt):
         return 143 if isinstance(error, Terminated) else 130
     return 2 if isinstance(error, UsageError) else 1
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """If the block fails, exit with one line on stderr and the exit code that the `nanovlm` command uses."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(report(program, error))

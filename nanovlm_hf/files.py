@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
@@ -181,10 +181,26 @@ def read_jsonl(path: str | Path, skip_unfinished: bool = False) -> Iterator[tupl
     Raises:
         InputError: as `read_text` and `parse_json`, with the line number.
     """
+    yield from _parse_lines(_finished_lines(path), path) if skip_unfinished else parse_jsonl(read_text(path), path)
+
+
+def parse_jsonl(text: str, where: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield the line number (from 1) and the content of each non-empty line of JSON Lines.
+
+    Args:
+        where: source for error messages.
+
+    Raises:
+        InputError: as `parse_json`, with the line number.
+    """
     # Not `splitlines`: JSON strings may contain Unicode's other line separators (U+2028, U+0085).
-    for number, line in enumerate(_finished_lines(path) if skip_unfinished else read_text(path).split("\n"), start=1):
+    return _parse_lines(text.split("\n"), where)
+
+
+def _parse_lines(lines: Iterable[str], where: str | Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield number, parse_json(line, f"{path}: line {number}")
+            yield number, parse_json(line, f"{where}: line {number}")
 
 
 def _finished_lines(path: str | Path) -> Iterator[str]:
@@ -267,7 +283,8 @@ def validate(content: Any, kind: type[T] | Any, where: str | Path) -> T:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{where}: {f'{scrub(field, 80)}: ' if field else ''}{scrub(problem['msg'])}") from None
+        message = problem["msg"].removeprefix("Value error, ")  # of a validator of this package
+        raise InputError(f"{where}: {f'{scrub(field, 80)}: ' if field else ''}{scrub(message)}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
 
@@ -290,6 +307,17 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically, with an indentation of two spaces."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def json_line(content: Any) -> str:
+    """Return content as a line of a JSON Lines file, with its line break."""
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def flush_to_disk(path: Path) -> None:

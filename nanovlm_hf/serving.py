@@ -74,7 +74,7 @@ class _Message(_Settings):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class ChatRequest(_Settings):
+class CompletionBody(_Settings):
     """The fields of a request that are used; those of `REFUSED` are errors, and any other is ignored."""
 
     model: str | None = None
@@ -241,7 +241,7 @@ def _checked(content: bytes, models: _OneModel) -> dict[str, Any]:
     refused = [field for field in REFUSED if fields.get(field)]
     if refused or fields.get("n") not in (None, 1):
         raise InputError(f"request: {refused[0] if refused else 'n'}: not supported: leave it out")
-    request = validate(fields, ChatRequest, "request")
+    request = validate(fields, CompletionBody, "request")
     if request.model not in (None, models.force_model):
         raise InputError(f"request: model: this server has {models.force_model} and no other")
     messages, prefix = _messages(request, models.processor)
@@ -253,7 +253,7 @@ def _checked(content: bytes, models: _OneModel) -> dict[str, Any]:
     return body | {"messages": messages, "max_tokens": min(limit or most, most)}
 
 
-def _messages(request: ChatRequest, processor: NanoVLMProcessor) -> tuple[list[dict[str, Any]], str]:
+def _messages(request: CompletionBody, processor: NanoVLMProcessor) -> tuple[list[dict[str, Any]], str]:
     """Return the messages as the chat template takes them, and the text that they begin."""
     if request.messages[-1].role != "user":
         raise InputError("request: messages: the last one has to be the user's: give the beginning of the sentence")

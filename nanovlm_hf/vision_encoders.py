@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from .checkpoints import SHIPPED
-from .completion import load_model
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, first_line
+from .loading import load_model
 
 # Side of the images, in pixels, that each EfficientNet-Lite was trained on.
 EFFICIENTNET_LITE = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}

@@ -205,7 +205,7 @@ def test_ghostscript_is_never_started(run, saved, toy, tmp_path, monkeypatch):
         file.writelines(json.dumps({"image_id": row["id"], "short": "There is a square."}) + "\n" for row in rows)
     from_folder = ("--captions", tmp_path / "captions.json", "--images", album)
     described = ("--descriptions", tmp_path / "descriptions.jsonl")
-    evaluated = ("--model", saved, "--dataset", toy / "data", "--split", "validation", "--grounding-photos", 0)
+    evaluated = ("--model", saved, "--dataset", toy / "data", "--split", "validation", "--grounding-images", 0)
     for arguments in (
         ("complete", album, *(album / name for name in NAMES), "--model", saved),
         ("data", "build", *from_folder, *described, "--out", tmp_path / "built"),

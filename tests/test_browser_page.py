@@ -20,6 +20,7 @@ from PIL import Image
 from nanovlm_hf import completion
 from nanovlm_hf.export import page as page_files
 from nanovlm_hf.export.page_server import page_server
+from nanovlm_hf.loading import load_model
 
 from helpers.hub_client import online
 from helpers.models import random_image
@@ -126,7 +127,7 @@ def images(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["short", "long"])
 def test_texts_equal_pytorchs(context, address, images, variant):
-    model, processor = completion.load_model(f"mini-{variant}")
+    model, processor = load_model(f"mini-{variant}")
     page = opened(context, address)
     page.get_by_role("radio", name=variant).check()
     page.locator("#complete:enabled").wait_for()

@@ -23,7 +23,7 @@ from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.encoding import jpeg_bytes
 from nanovlm_hf.data.join import join_images
 from nanovlm_hf.data.sources import read_captions, read_descriptions
-from nanovlm_hf.data.splits import hash_of, split_of
+from nanovlm_hf.data.splits import split_of, split_position
 from nanovlm_hf.data.tokenizer import train_tokenizer, train_tokenizer_on
 from nanovlm_hf.hub import dataset_card
 from nanovlm_hf.hub.dataset_card import write_card
@@ -111,7 +111,7 @@ def test_splits_depend_on_the_id_alone():
     assert shares["test"] == pytest.approx(0.01, abs=0.003)
     assert shares["validation"] == pytest.approx(0.10, abs=0.01)
     # A change of these values would move images of published datasets to other splits.
-    assert hash_of(42) == 0.4503076495696752
+    assert split_position(42) == 0.4503076495696752
     assert [image_id for image_id in range(300) if split_of(image_id) == "test"] == [178, 245, 286]
 
 
@@ -370,13 +370,17 @@ def write_parquet(path, **columns):
     ("name", "make", "problem"),
     [
         ("foreign", lambda p: write_parquet(p, a=[1]), "no column 'image_id' of whole numbers"),
-        ("texts", lambda p: write_parquet(p, image_id=[1], text=["x"]), "no column 'description' of texts"),
-        ("numbers", lambda p: write_parquet(p, image_id=[1], description=[7]), "no column 'description' of texts"),
+        ("texts", lambda p: write_parquet(p, image_id=[1], text=["x"]), "no column 'description' of strings"),
+        ("numbers", lambda p: write_parquet(p, image_id=[1], description=[7]), "no column 'description' of strings"),
         ("ids", lambda p: write_parquet(p, image_id=["1"], description=["x"]), "no column 'image_id' of whole numbers"),
         ("null", lambda p: write_parquet(p, image_id=[1, None], description=["x", "y"]), "a row without image_id"),
         ("nulls", lambda p: write_parquet(p, image_id=[1, 2], description=["x", None]), "without image_id or descr"),
         ("twice", lambda p: write_parquet(p, image_id=[1, 1], description=["x", "y"]), "image_id 1 is a duplicate"),
-        ("bytes", lambda p: write_parquet(p, image_id=[1], description=[b"\xff"]), "no column 'description' of texts"),
+        (
+            "bytes",
+            lambda p: write_parquet(p, image_id=[1], description=[b"\xff"]),
+            "no column 'description' of strings",
+        ),
         ("empty", lambda p: p.write_bytes(b""), "not a readable Parquet file"),
         ("cut", lambda p: p.write_bytes(b"PAR1" + bytes(100) + b"PAR1"), "not a readable Parquet file"),
         ("folder", lambda p: p.mkdir(), "not a readable Parquet file"),
@@ -555,7 +559,7 @@ def test_images_or_text_only(run, tmp_path, sources):
 
 def test_an_existing_dataset_is_not_overwritten(built, sources):
     folder, _ = built
-    with pytest.raises(InputError, match="there is a dataset already"):
+    with pytest.raises(InputError, match="already contains a dataset"):
         build(sources, folder)
 
 

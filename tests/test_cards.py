@@ -273,13 +273,19 @@ def test_a_card_without_an_evaluation(checkpoint):
         (lambda folder: damage(folder, "before", [{}]), "training_args.yaml: before.0.arguments: Field required"),
         (
             lambda folder: (folder / "metrics.json").write_text('{"eval_loss": 1}'),
-            "metrics.json has no number eval_loss_wrong_photo",
+            "metrics.json: eval_loss_wrong_photo is missing or is not a number",
         ),
-        (lambda folder: (folder / "metrics.json").write_text(NAN_METRICS), "metrics.json has a number that is NaN"),
+        (
+            lambda folder: (folder / "metrics.json").write_text(NAN_METRICS),
+            "metrics.json contains a number that is NaN",
+        ),
         (lambda folder: (folder / RECORD).unlink(), "there is no training_args.yaml or metrics.json"),
-        (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no number eval_loss"),
+        (
+            lambda folder: (folder / "metrics.json").write_text("{}"),
+            "metrics.json: eval_loss is missing or is not a number",
+        ),
         (lambda folder: (folder / "metrics.json").write_text("{"), "not JSON"),
-        (lambda folder: (folder / "evaluation.json").write_text("{}"), "evaluation.json has no grounding.retrieval"),
+        (lambda folder: (folder / "evaluation.json").write_text("{}"), "evaluation.json: grounding.retrieval"),
     ],
 )
 def test_an_incomplete_checkpoint_has_no_card(checkpoint, change, problem):

@@ -136,8 +136,8 @@ def test_unreadable_folder(run, saved, tmp_path, monkeypatch):
         (("--max-new-tokens", 60), 1, "ask for 47 at most"),
         (("--max-new-tokens", 0), 2, "max-new-tokens"),
         (("--num-return-sequences", 3), 2, "each beam gives one completion"),
-        (("--temperature", "inf"), 2, "--temperature inf: it is 0"),
-        (("--temperature", "1e-60"), 2, "--temperature 1e-60: it is 0"),
+        (("--temperature", "inf"), 2, "--temperature inf: must be 0 (no sampling)"),
+        (("--temperature", "1e-60"), 2, "--temperature 1e-60: must be 0 (no sampling)"),
         (("--seed", 2**32), 2, "--seed"),
         (("--temperature", "warm"), 2, "temperature"),
         (("--colour", "red"), 2, "--colour"),
@@ -277,7 +277,7 @@ def test_data_commands(run, tmp_path):
     assert "cannot be loaded as a dataset" in only_line(errors)
     code, _, errors = run("data", "build", *arguments, "--images", sources / "images", "--out", out)
     assert code == 1
-    assert "there is a dataset already" in only_line(errors[-1:])
+    assert "already contains a dataset" in only_line(errors[-1:])
 
 
 def test_output_folder_that_is_not_writable(run, tmp_path):
@@ -287,6 +287,16 @@ def test_output_folder_that_is_not_writable(run, tmp_path):
     code, _, errors = run("data", "build", *arguments, "--images", sources / "images", "--out", tmp_path / "file" / "x")
     assert code == 1
     assert str(tmp_path / "file") in only_line(errors)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("--grounding-photos=-1", "--grounding-images"), ("--judge-sees-photo=1", "--judge-sees-image")],
+)
+def test_old_names_of_options_still_work(run, old, new):
+    code, _, errors = run("evaluate", old)
+    assert code == 2
+    assert f"'{new}'" in only_line(errors)
 
 
 def test_help_does_not_import_torch():

@@ -21,6 +21,7 @@ from PIL import Image
 
 from nanovlm_hf import InputError, completion
 from nanovlm_hf.hub_cards.space import app
+from nanovlm_hf.loading import load_model
 
 from helpers.hub_client import online
 from helpers.image_files import png_header
@@ -49,7 +50,7 @@ def test_stream_yields_growing_text(tokenizer):
 
 
 def test_stream_ends_with_the_text_of_complete(photo):
-    model, processor = completion.load_model("mini-short")
+    model, processor = load_model("mini-short")
     (whole,) = completion.complete(model, processor, [photo], "There is a", blind=True, num_beams=1)
     said = list(app.complete(str(photo), "There is a", "mini", "short"))
     assert said[-1] == (whole.texts[0], whole.blind[0])

@@ -83,9 +83,9 @@ def test_more_images_send_only_the_new_requests(describe, server, captions):
 @pytest.mark.parametrize(
     ("key", "options", "message"),
     [
-        ("sk-wrong", (), "OPENAI_API_KEY: .* does not accept it"),
+        ("sk-wrong", (), "OPENAI_API_KEY: rejected by "),
         ("sk-poor", (), "the account has no credit left"),
-        ("sk-test-secret", ("--model", "no-such-model"), "--model no-such-model: .* does not know it"),
+        ("sk-test-secret", ("--model", "no-such-model"), "--model no-such-model: not available at "),
     ],
 )
 def test_permanent_errors_end_the_run_at_once(describe, server, monkeypatch, key, options, message):
@@ -109,11 +109,11 @@ def test_an_unreachable_endpoint(describe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--variant", "tiny"), "--variant tiny: it is short, long or all"),
+        (("--variant", "tiny"), "--variant tiny: choose short, long or all"),
         (("--words-short", "many"), "--words-short many"),
         (("--num-shards", 2, "--shard-index", 2), "--shard-index 2: must be 0 to 1 with --num-shards 2"),
         (("--max-cost", 1, "--model", "mine"), "--max-cost: the price of mine is not known"),
-        (("--base-url", "localhost:8000"), "it must begin with http"),
+        (("--base-url", "localhost:8000"), "must begin with http"),
     ],
 )
 def test_wrong_usage(describe, options, message):
@@ -326,7 +326,7 @@ def test_the_batch_api(describe, server, tmp_path):
     batch = ("--variant", "short", "--batch", "--poll-seconds", 0.02, "--model", "gpt-4o")
     code, lines, errors = describe(*batch)
     assert (code, lines) == (0, ["short: 20 described, 0 not"])
-    assert any("20 requests are at" in line for line in errors)
+    assert any("20 requests were submitted to" in line for line in errors)
     replies = rows(tmp_path / "out" / "replies.jsonl")
     assert len(replies) == 20
     assert all(row["batch"] for row in replies)

@@ -196,15 +196,15 @@ def test_completions_are_generated_once(tmp_path, toy):
     with path.open("ab") as file:
         file.write('{"item_id": "caf\u00e9'.encode()[:-1])  # a kill in the middle of a character
     assert complete_items(third, "counting", items, tmp_path) == (rows, about)
-    for content, problem in (("[]", "not a file"), ('{"memory_mib": "x"}', "have other model"), ("{", "not JSON")):
+    for content, problem in (("[]", "not a file"), ('{"memory_mib": "x"}', "differ in model"), ("{", "not JSON")):
         (tmp_path / "counting.json").write_text(content)
         with pytest.raises(InputError, match=rf"counting\.jsonl?: .*{problem}"):
             complete_items(third, "counting", items, tmp_path)
     (tmp_path / "counting.json").write_text(json.dumps(about))
     third.settings = third.settings | {"max_new_tokens": 3}
-    with pytest.raises(InputError, match="these completions have other settings: remove the file"):
+    with pytest.raises(InputError, match="these completions differ in settings: remove the file"):
         complete_items(third, "counting", items, tmp_path)
-    with pytest.raises(InputError, match="these completions have other items"):
+    with pytest.raises(InputError, match="these completions differ in items"):
         complete_items(Counting(model), "counting", items[:4], tmp_path)
 
 
@@ -228,10 +228,10 @@ def report(tmp_path_factory, toy, saved):
             images=drawings,
             prefix="There is a",
             max_new_tokens=12,
-            grounding_photos=12,
+            grounding_images=12,
             judge=JudgeSettings("judge-1"),
             endpoint=Endpoint("judge-1", base_url=f"{server.url}/v1"),
-            judge_sees_photo=True,
+            judge_sees_image=True,
         )
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("OPENAI_API_KEY", "sk-test-secret")
@@ -305,14 +305,14 @@ def test_the_page_in_a_browser(report, tmp_path):
 @pytest.mark.slow
 def test_a_judge_that_is_down_does_not_prevent_the_report(run, toy, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
-    options = ("--split", "validation", "--limit", 2, "--max-new-tokens", 4, "--grounding-photos", 0)
+    options = ("--split", "validation", "--limit", 2, "--max-new-tokens", 4, "--grounding-images", 0)
     with serve("chat_server.py", tmp_path / "server") as server:
         code, _, errors = run(
             *("evaluate", "--model", "mini-short", "--dataset", toy / "data", "--out", tmp_path / "out", *options),
             *("--judge", "gpt-4o", "--judge-base-url", f"{server.url}/v1"),
         )
     assert code == 1
-    assert "does not accept it (401)" in errors[-1]
+    assert "rejected by" in errors[-1]
     assert "sk-wrong" not in "".join(errors)
     assert (tmp_path / "out" / "index.html").exists()
     assert "judge" not in json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["in_domain"]
@@ -322,7 +322,7 @@ def test_a_judge_that_is_down_does_not_prevent_the_report(run, toy, tmp_path, mo
     ("options", "code", "problem"),
     [
         ((), 2, "--model, --dataset and --out are required"),
-        (("--variant", "poem"), 2, "--variant poem: it is short or long"),
+        (("--variant", "poem"), 2, "--variant poem: choose short or long"),
         (("--judge", "gpt-4o"), 2, "OPENAI_API_KEY is not set"),
         (("--judge", "mine", "--max-cost", 1), 2, "--max-cost: the price of mine is not known"),
         (("--dataset", "nowhere"), 1, "--dataset nowhere (short, test): cannot be loaded"),

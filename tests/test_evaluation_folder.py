@@ -158,7 +158,7 @@ def ground(tiny, tmp_path):
     """Measure the grounding of the tiny model on 20 images: the result, and the file that it is cached in."""
 
     def call(dataset, out=tmp_path / "out"):
-        settings = EvaluationSettings([], str(dataset), "short", out, grounding_photos=20)
+        settings = EvaluationSettings([], str(dataset), "short", out, grounding_images=20)
         return cached_grounding(tiny[0], "tiny", settings, tiny[1]), out / "grounding" / "tiny.json"
 
     return call
@@ -196,7 +196,7 @@ def finished(tmp_path_factory, toy, saved):
     out = tmp_path_factory.mktemp("finished") / "out"
     run_evaluation(
         EvaluationSettings(
-            [str(saved)], str(toy / "data"), "short", out, "validation", limit=3, max_new_tokens=4, grounding_photos=0
+            [str(saved)], str(toy / "data"), "short", out, "validation", limit=3, max_new_tokens=4, grounding_images=0
         ),
         say=lambda _: None,
     )
@@ -247,7 +247,7 @@ def test_a_damaged_speed_is_computed_again(evaluate, finished, toy, tmp_path, da
     out = shutil.copytree(finished, tmp_path / "out")
     (path,) = (out / "completions").glob("*.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    assert evaluate(toy / "data", "--grounding-photos", 0) == (0, [])
+    assert evaluate(toy / "data", "--grounding-images", 0) == (0, [])
     assert without_timings(out)["completions/tiny0.jsonl"] == without_timings(finished)["completions/tiny0.jsonl"]
     assert (out / "results.json").read_text().count("tokens_per_second") == 1
 
@@ -256,9 +256,9 @@ def test_a_folder_of_another_evaluation_is_unchanged(evaluate, finished, toy, tm
     out = shutil.copytree(finished, tmp_path / "out")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for options in (("--limit", 2), ("--prefix-words", 2), ("--split", "test"), ("--max-new-tokens", 5)):
-        code, errors = evaluate(toy / "data", "--grounding-photos", 0, *options)
+        code, errors = evaluate(toy / "data", "--grounding-images", 0, *options)
         assert code == 1
-        assert re.search(r"completions have other (items|settings): remove the file, or choose", only_line(errors))
+        assert re.search(r"completions differ in (items|settings): remove the file, or choose", only_line(errors))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -290,31 +290,31 @@ def set_all(**values):
     ],
 )
 def test_a_split_without_anything_to_evaluate_is_refused_in_one_line(evaluate, data, change, problem):
-    code, errors = evaluate(rewrite(data, change), "--grounding-photos", 0)
+    code, errors = evaluate(rewrite(data, change), "--grounding-images", 0)
     assert code == 1
     assert re.search(problem, only_line(errors))
 
 
 @pytest.mark.parametrize("change", [lambda rows: rows.clear(), set_all(description=None), set_all(description="")])
 def test_missing_training_texts_are_reported_in_one_line(evaluate, data, change):
-    code, errors = evaluate(rewrite(data, change, "train"), "--grounding-photos", 0)
+    code, errors = evaluate(rewrite(data, change, "train"), "--grounding-images", 0)
     assert code == 1
     assert re.search("train", only_line(errors))
 
 
 def test_one_row_is_enough_without_grounding(evaluate, data, tmp_path):
     rewrite(data, lambda rows: rows.__delitem__(slice(1, None)))
-    assert evaluate(data, "--grounding-photos", 0) == (0, [])
+    assert evaluate(data, "--grounding-images", 0) == (0, [])
     assert results(tmp_path / "out")["sets"]["in_domain"]["items"] == 1
     code, errors = evaluate(data, out=tmp_path / "other")
     assert code == 1
-    assert "grounding needs two images: skip it with --grounding-photos 0" in only_line(errors)
+    assert "grounding needs two images: skip it with --grounding-images 0" in only_line(errors)
 
 
 def test_captions_are_optional(evaluate, data, tmp_path):
     for split in ("train", "validation", "test"):
         rewrite_table(data, lambda table: table.drop_columns(["captions"]).replace_schema_metadata(None), split)
-    code, errors = evaluate(data, "--grounding-photos", 20)
+    code, errors = evaluate(data, "--grounding-images", 20)
     assert (code, errors) == (0, [])
     assert results(tmp_path / "out")["sets"]["in_domain"]["models"]["tiny0"]["mentions"]["precision"]["items"] == 0
 
@@ -335,7 +335,7 @@ def test_a_few_images_that_cannot_be_decoded_are_left_out(data, capsys):
 def test_grounding_leaves_out_images_that_cannot_be_decoded(evaluate, data, tmp_path, monkeypatch):
     monkeypatch.setattr("nanovlm_hf.evaluation.grounding.GROUPS", {4: 1})
     rewrite(data, lambda rows: rows.extend(rows * 5) or damage_photos(0)(rows))
-    code, errors = evaluate(data, "--split", "test", "--grounding-photos", 120)
+    code, errors = evaluate(data, "--split", "test", "--grounding-images", 120)
     assert code == 0
     assert "1 of 120 rows cannot be used" in only_line(errors)
     assert results(tmp_path / "out")["grounding"]["tiny0"]["photos"] == 119
@@ -344,7 +344,7 @@ def test_grounding_leaves_out_images_that_cannot_be_decoded(evaluate, data, tmp_
 def test_a_list_of_items_may_have_duplicates(evaluate, toy, tmp_path):
     ids = [item.item_id for item in items_of_dataset(str(toy / "data"), "short", "validation", limit=2)]
     (tmp_path / "ids.txt").write_text("\n".join([*ids, ids[0]]))
-    assert evaluate(toy / "data", "--items", tmp_path / "ids.txt", "--grounding-photos", 0) == (0, [])
+    assert evaluate(toy / "data", "--items", tmp_path / "ids.txt", "--grounding-images", 0) == (0, [])
     assert results(tmp_path / "out")["sets"]["in_domain"]["items"] == 2
 
 
@@ -358,7 +358,7 @@ def test_a_list_of_items_may_have_duplicates(evaluate, toy, tmp_path):
     ],
 )
 def test_odd_options(evaluate, toy, options, problem):
-    code, errors = evaluate(toy / "data", "--grounding-photos", 0, *options)
+    code, errors = evaluate(toy / "data", "--grounding-images", 0, *options)
     assert code == (problem is not None)
     assert problem is None or problem in only_line(errors)
 
@@ -369,7 +369,7 @@ def test_images_of_a_folder_that_cannot_be_opened_are_left_out(evaluate, toy, tm
     square(1)[0].save(folder / "good.png")
     (folder / "bad.png").write_bytes(b"nothing")
     (folder / "empty.jpg").write_bytes(b"")
-    code, errors = evaluate(toy / "data", "--images", folder, "--grounding-photos", 0)
+    code, errors = evaluate(toy / "data", "--images", folder, "--grounding-images", 0)
     assert code == 0
     assert [line.split(": ")[1].split("/")[-1] for line in errors] == ["bad.png", "empty.jpg"]
     assert results(tmp_path / "out")["sets"]["out_of_domain"]["items"] == 1
@@ -382,7 +382,7 @@ def test_a_model_that_fails_does_not_affect_the_others(evaluate, toy, saved, tmp
     broken = shutil.copytree(saved, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing")
     models = (broken, "nobody/nothing", saved)
-    code, errors = evaluate(toy / "data", "--grounding-photos", 0, models=models)
+    code, errors = evaluate(toy / "data", "--grounding-images", 0, models=models)
     assert code == 1
     assert "broken" in only_line(errors)
     assert "nobody/nothing" in errors[0]
@@ -391,7 +391,7 @@ def test_a_model_that_fails_does_not_affect_the_others(evaluate, toy, saved, tmp
     assert found["failed"] == ["broken", "nothing"]
     assert "tiny0" in (tmp_path / "out" / "index.html").read_text()
     assert (tmp_path / "out" / "report.md").exists()
-    code, errors = evaluate(toy / "data", "--grounding-photos", 0, models=models[:2], out=tmp_path / "none")
+    code, errors = evaluate(toy / "data", "--grounding-images", 0, models=models[:2], out=tmp_path / "none")
     assert code == 1
     assert "broken" in only_line(errors)
     assert not (tmp_path / "none" / "results.json").exists()
@@ -400,16 +400,16 @@ def test_a_model_that_fails_does_not_affect_the_others(evaluate, toy, saved, tmp
 def test_two_evaluations_do_not_share_a_folder(evaluate, toy, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / "evaluation.lock"):
-        code, errors = evaluate(toy / "data", "--grounding-photos", 0)
+        code, errors = evaluate(toy / "data", "--grounding-images", 0)
     assert code == 1
     assert "another evaluation uses this folder" in only_line(errors)
-    assert evaluate(toy / "data", "--grounding-photos", 0) == (0, [])
+    assert evaluate(toy / "data", "--grounding-images", 0) == (0, [])
 
 
 def test_a_folder_that_cannot_be_written_is_named_in_one_line(evaluate, toy, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/nowhere"), tmp_path / ("a" * 300)):
-        code, errors = evaluate(toy / "data", "--grounding-photos", 0, out=out)
+        code, errors = evaluate(toy / "data", "--grounding-images", 0, out=out)
         assert code == 1
         assert "cannot be written" in only_line(errors)
         assert str(out) in errors[0]
@@ -418,7 +418,7 @@ def test_a_folder_that_cannot_be_written_is_named_in_one_line(evaluate, toy, tmp
 @pytest.mark.parametrize("size", ["4k", "64k"])
 def test_a_full_disk_is_named_in_one_line(evaluate, toy, small_disk, size):
     disk = small_disk(size)
-    code, errors = evaluate(toy / "data", "--grounding-photos", 20, out=disk / "out")
+    code, errors = evaluate(toy / "data", "--grounding-images", 20, out=disk / "out")
     assert code == 1
     assert "cannot be written (No space left on device" in only_line(errors)
 
@@ -436,7 +436,7 @@ def test_a_report_holds_no_paths(evaluate, data, saved, tmp_path, monkeypatch):
     (home / "album" / "b.png").write_bytes(b"")
     monkeypatch.chdir(home / "album")
     models = (home / "model" / "best", home / "gone")
-    code, _ = evaluate(home / "dataset", "--images", ".", "--grounding-photos", 20, models=models)
+    code, _ = evaluate(home / "dataset", "--images", ".", "--grounding-images", 20, models=models)
     assert code == 1
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.suffix for path in written} >= {".json", ".jsonl", ".html", ".md", ".png"}
@@ -453,7 +453,7 @@ def test_a_report_holds_no_paths(evaluate, data, saved, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_evaluation_resumes_to_the_same_results(run, toy, saved, tmp_path):
     options = ["evaluate", "--model", saved, "--dataset", toy / "data", "--split", "train", "--limit", 60]
-    options += ["--max-new-tokens", 40, "--grounding-photos", 20, "--out"]
+    options += ["--max-new-tokens", 40, "--grounding-images", 20, "--out"]
     assert run(*options, tmp_path / "whole")[0] == 0
     out = tmp_path / "out"
     killed = 0

@@ -52,7 +52,7 @@ for number, folder in enumerate(folders):
     evaluate = ["evaluate", "--dataset", data, "--variant", "short", "--limit", "1", "--max-new-tokens", "2"]
     for command in (
         ["complete", photo, "--max-new-tokens", "2", "--model", folder],
-        [*evaluate, "--grounding-photos", "0", "--out", folder + "-report", "--model", folder],
+        [*evaluate, "--grounding-images", "0", "--out", folder + "-report", "--model", folder],
         ["info", folder],
         ["push", folder, "org/name", "--dry-run"],
         ["data", "tokenizer", "--dataset", folder, "--out", folder + "-tokenizer"],

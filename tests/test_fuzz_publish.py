@@ -103,7 +103,7 @@ def test_mutated_caches_are_done_again_or_refused_in_one_line(run, toy, saved, t
     from nanovlm_hf.evaluation.run import evaluate as whole
 
     out = tmp_path / "whole"
-    settings = {"split": "validation", "limit": 3, "max_new_tokens": 4, "grounding_photos": 20}
+    settings = {"split": "validation", "limit": 3, "max_new_tokens": 4, "grounding_images": 20}
     whole(EvaluationSettings([str(saved)], str(toy / "data"), "short", out, **settings), say=lambda _: None)
     expected = json.loads((out / "results.json").read_text())["grounding"]
     rng = random.Random(SEED)
@@ -114,7 +114,7 @@ def test_mutated_caches_are_done_again_or_refused_in_one_line(run, toy, saved, t
         limited()
         code, _, errors = run(
             *("evaluate", "--model", saved, "--dataset", toy / "data", "--out", folder, *QUICK),
-            *("--grounding-photos", 20),
+            *("--grounding-images", 20),
         )
         check(code, errors, (case, path.name, path.read_bytes()[:300]))
         if code == 0:

@@ -8,7 +8,7 @@ from PIL import Image
 from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
 from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.evaluation import grounding
-from nanovlm_hf.evaluation.distractors import distractors_of
+from nanovlm_hf.evaluation.foils import foils_of
 from nanovlm_hf.evaluation.grounding import gap, hits, measure_grounding, retrieval
 from nanovlm_hf.evaluation.likelihood import Likelihood
 from nanovlm_hf.evaluation.object_hallucination import classes_of, object_precision_recall, objects_in
@@ -137,8 +137,8 @@ def test_foils_swap_one_word_that_is_not_true():
         "A ball is on the grass.",
     ]
     captions = [["a red ball and a blue mat"], ["two dogs"], ["an elephant"], [], []]
-    foils = distractors_of(texts, captions)
-    assert foils == distractors_of(texts, captions), "the same every time"
+    foils = foils_of(texts, captions)
+    assert foils == foils_of(texts, captions), "the same every time"
     assert set(foils["colour"]) == {0}
     colour = foils["colour"][0]
     assert not set(colour.lower().replace(".", "").split()) & {"red", "blue"}
@@ -151,7 +151,7 @@ def test_foils_swap_one_word_that_is_not_true():
         changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
         assert 1 <= len(changed) <= 2
         assert all(word in ("A", "An", "a", "an") for pair in changed[:-1] for word in pair)
-    assert distractors_of(["There is a big ball."] * 2, [[], ["an elephant"]])["object"] == {}, "nothing else is common"
+    assert foils_of(["There is a big ball."] * 2, [[], ["an elephant"]])["object"] == {}, "nothing else is common"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_invalid_tokens(hub, dataset, tmp_path):
     expected = [
         (None, 2, "no Hub token: run `hf auth login`, or set HF_TOKEN"),
         ("hf_wrong", 1, "org/ShortDesc: the Hub does not accept the token (401)"),
-        ("hf_read", 1, "org/ShortDesc: the token may not write there (403)"),
+        ("hf_read", 1, "org/ShortDesc: the token is not allowed to write there (403)"),
     ]
     commands = [(token, pushing(dataset)) for token, _, _ in expected]
     for done, (_, code, message) in zip(run_commands(hub, tmp_path / "home", *commands), expected, strict=True):

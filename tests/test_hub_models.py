@@ -11,10 +11,11 @@ import transformers
 from huggingface_hub import ModelCard
 
 from nanovlm_hf.checkpoints import SHIPPED
-from nanovlm_hf.completion import greedy_settings, load_model
+from nanovlm_hf.completion import greedy_settings
 from nanovlm_hf.export.runtime import OnnxModel
-from nanovlm_hf.hub.model_metadata import eval_results
+from nanovlm_hf.hub.model_metadata import eval_results, hub_card
 from nanovlm_hf.hub.staging import stage_checkpoint
+from nanovlm_hf.loading import load_model
 
 from helpers.hub_client import online, run_commands
 from helpers.models import random_image
@@ -260,7 +261,7 @@ def test_refused_tokens_and_one_that_the_server_repeats(hub, tmp_path):
         hub, tmp_path / "home", *((token, PUSH) for token in ("hf_wrong", "hf_read", echo, None))
     )
     assert "org/tiny: the Hub does not accept the token (401)" in only_line(wrong.stderr.splitlines())
-    assert "org/tiny: the token may not write there (403)" in only_line(reader.stderr.splitlines())
+    assert "org/tiny: the token is not allowed to write there (403)" in only_line(reader.stderr.splitlines())
     for done in echoes:
         assert "org/tiny: the Hub refuses it (" in only_line(done.stderr.splitlines())
         assert echo not in done.stdout + done.stderr
@@ -331,6 +332,14 @@ def test_card_metadata_state_the_metrics(staged):
     assert "SHIPPED" not in card.text.split("folder = ")[1].splitlines()[0]
 
 
+def test_a_card_with_the_old_name_of_a_metric_is_accepted(tmp_path):
+    folder = shutil.copytree(SHIPPED["mini-short"], tmp_path / "checkpoint")
+    card = folder / "README.md"
+    assert "type: object_precision" in card.read_text()
+    card.write_text(card.read_text().replace("type: object_precision", "type: things_precision"))
+    assert "org/tiny" in hub_card(folder, "org/tiny")
+
+
 def test_weights_are_published_unchanged(staged):
     before = {path.name: path.read_bytes() for path in SHIPPED["mini-short"].iterdir() if path.is_file()}
     folder = staged()
@@ -369,7 +378,10 @@ def test_an_auto_map_of_other_code_is_not_published(staged, tmp_path):
     [
         (lambda folder: (folder / "README.md").unlink(), "README.md is missing"),
         (lambda folder: (folder / "metrics.json").unlink(), "metrics.json is missing"),
-        (lambda folder: (folder / "metrics.json").write_text("{}"), "metrics.json has no number eval_loss"),
+        (
+            lambda folder: (folder / "metrics.json").write_text("{}"),
+            "metrics.json: eval_loss is missing or is not a number",
+        ),
         (
             lambda folder: (folder / "metrics.json").write_text(json.dumps(METRICS | {"eval_loss": 1.0})),
             "README.md does not state that eval_loss is 1.0",

@@ -10,9 +10,10 @@ import pytest
 
 from nanovlm_hf import InputError
 from nanovlm_hf.errors import UsageError
-from nanovlm_hf.evaluation.completions import Row, write_json
+from nanovlm_hf.evaluation.completions import Row
 from nanovlm_hf.evaluation.human import krippendorff_alpha, score_ratings, write_sheet
 from nanovlm_hf.evaluation.judge import CRITERIA
+from nanovlm_hf.files import write_json
 
 from helpers.browser import CHROMIUM, browse
 from helpers.output import only_line

@@ -131,7 +131,7 @@ def test_lazily_imported_package_is_named_too(run, monkeypatch):
     def fail(name):
         raise ModuleNotFoundError("No module named 'matplotlib.figure'", name="matplotlib.figure")
 
-    monkeypatch.setattr("nanovlm_hf.completion.load_config", fail)
+    monkeypatch.setattr("nanovlm_hf.loading.load_config", fail)
     code, lines, errors = run("info", "mini-short")
     assert (code, lines) == (2, [])
     assert errors == ["nanovlm: matplotlib is not installed: pip install 'nanovlm-hf[data]'"]

@@ -385,7 +385,7 @@ def test_evaluate_accepts_the_current_folder(run, toy, folder, tmp_path, monkeyp
         1,
         "--max-new-tokens",
         2,
-        "--grounding-photos",
+        "--grounding-images",
         0,
     )
     code, _, errors = run("evaluate", "--model", ".", "--dataset", toy / "data", *options, "--out", tmp_path / "report")

@@ -22,7 +22,7 @@ model-index:
 - name: tiny
   results:
   - task: {type: image-text-to-text}
-    dataset: {name: "validation photos, see the card", type: nanovlm_hf, split: validation}
+    dataset: {name: "validation images, see the card", type: nanovlm_hf, split: validation}
     metrics:
     - {type: eval_loss, value: 2.5}
     - {type: eval_loss_wrong_photo, value: 2.75}
@@ -109,9 +109,9 @@ def note_in_weights(folder):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (link("/etc/passwd"), "README.md: a link out of this folder"),
-        (link("../outside"), "README.md: a link out of this folder"),
-        (link(".env"), "README.md: a link out of this folder"),
+        (link("/etc/passwd"), "README.md: a link that leads out of this folder"),
+        (link("../outside"), "README.md: a link that leads out of this folder"),
+        (link(".env"), "README.md: a link that leads out of this folder"),
         (link("/dev/zero", "loss.png"), "loss.png: not a regular file"),
         (link("nowhere", "evaluation.json"), "evaluation.json: cannot be read"),
         (link("evaluation.json", "evaluation.json"), "evaluation.json: cannot be read"),

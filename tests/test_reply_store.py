@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanovlm_hf import InputError
 from nanovlm_hf.chat.answers import read_answer
-from nanovlm_hf.chat.complaints import ComplaintError, complaint_of, seconds_to_wait
+from nanovlm_hf.chat.api_errors import ApiError, parse_error_body, seconds_to_wait
 from nanovlm_hf.chat.replies import ChatRequest, ReplyStore
 
 MESSAGES = [{"role": "user", "content": "Describe a dog." * 10}]
@@ -62,7 +62,7 @@ def test_any_response_is_a_reply_or_a_printable_error(status, body):
     try:
         said = read_answer(status, json.dumps(body).encode(errors="replace"), {}).text
         assert status == 200
-    except (ComplaintError, InputError) as problem:
+    except (ApiError, InputError) as problem:
         said = str(problem)
     said.encode()
     assert status == 200 or not {"\n", "\r", "\x1b", "\x00", "\u2028"} & set(said)
@@ -74,7 +74,7 @@ def test_a_deeply_nested_reply_is_stored():
         deep = [deep]
     with pytest.raises(InputError):
         read_answer(200, b'{"choices": [{"message": {"content": ' + b"[" * 400 + b"]" * 400 + b"}}]}", {})
-    assert str(complaint_of(400, deep)) == "400: no reason given"
+    assert str(parse_error_body(400, deep)) == "400: no reason given"
 
 
 def old_row(**fields):
@@ -135,16 +135,16 @@ def test_a_file_saved_by_an_editor_is_read(tmp_path):
 
 
 def test_refusals_persist_and_suspicions_are_not_final(tmp_path):
-    complaint = complaint_of(400, {"error": {"message": "Bad sk-0123456789 \x1b[31m"}})
+    error = parse_error_body(400, {"error": {"message": "Bad sk-0123456789 \x1b[31m"}})
     with ReplyStore(tmp_path) as store:
-        store.refuse(REQUEST, complaint, final=False)
+        store.refuse(REQUEST, error, final=False)
         assert REQUEST.key not in store
         assert store.suspected(REQUEST.key)
         assert store.refusal(REQUEST.key)["final"] is False
     with ReplyStore(tmp_path) as store:
         assert store.suspected(REQUEST.key)
-        store.refuse(REQUEST, complaint, final=True)
-        store.refuse(REQUEST, complaint, final=True)
+        store.refuse(REQUEST, error, final=True)
+        store.refuse(REQUEST, error, final=True)
     assert len((tmp_path / "refused.jsonl").read_text().splitlines()) == 2
     with ReplyStore(tmp_path) as store:
         assert REQUEST.key in store
@@ -172,16 +172,16 @@ def test_refusals_persist_and_suspicions_are_not_final(tmp_path):
     ],
 )
 def test_the_message_of_an_error_is_found(body, message, refuses):
-    complaint = complaint_of(400, body)
-    assert complaint.message == message
-    assert complaint.refuses == refuses
+    error = parse_error_body(400, body)
+    assert error.message == message
+    assert error.refuses == refuses
 
 
 def test_which_errors_are_final():
-    final = {status for status in range(300, 600) if complaint_of(status, "no").refuses}
+    final = {status for status in range(300, 600) if parse_error_body(status, "no").refuses}
     assert final == set(range(400, 500)) - {401, 402, 403, 404, 408, 409, 425, 429}
-    assert complaint_of(403, {"error": {"code": "content_filter"}}).refuses
-    assert complaint_of(403, {"error": {"message": "flagged by moderation"}}).content_filter
+    assert parse_error_body(403, {"error": {"code": "content_filter"}}).refuses
+    assert parse_error_body(403, {"error": {"message": "flagged by moderation"}}).content_filter
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from nanovlm_hf.compat_nanovlm import IS_TRANSFORMERS_4
-from nanovlm_hf.completion import complete, load_model, stream
+from nanovlm_hf.completion import complete, stream
+from nanovlm_hf.loading import load_model
 
 from helpers.output import only_line
 

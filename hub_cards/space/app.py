@@ -17,17 +17,22 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
 from nanovlm_hf import PRESETS, SHIPPED, InputError, NanoVLMConfig
-from nanovlm_hf.completion import blank_image, load_model, stream
+from nanovlm_hf.completion import blank_image, stream
 from nanovlm_hf.devices import cpu_count
 from nanovlm_hf.export.page import EXAMPLES
 from nanovlm_hf.images import open_image_file
+from nanovlm_hf.loading import load_model
+from nanovlm_hf.variants import VARIANTS
 
 CACHED_MODELS = 2  # kept in memory; a Space has several visitors, but only two cores
 LONGEST_QUEUE = 20  # waiting visitors; further ones are asked to come back later
 LONGEST_PREFIX = 400  # characters
 LARGEST_REQUEST = 100_000  # bytes, except for uploads
 TOO_LONG = f"The beginning of the sentence may have at most {LONGEST_PREFIX} characters."
-STYLES = {"short": "20 to 25", "long": "60 to 70"}  # words
+# The variants that have released models, with the words of a description.
+STYLES = {
+    name: "{} to {}".format(*variant.requested.words) for name, variant in VARIANTS.items() if f"mini-{name}" in SHIPPED
+}
 INTRODUCTION = """# How small can a vision-language model be?
 
 NanoVLM completes a sentence about a photo in the words of a small child (parameters: {parameters}). It is tiny and has
@@ -36,7 +41,7 @@ the difference shows what it takes from the photo."""
 
 
 def sizes() -> list[str]:
-    """Return the model sizes whose checkpoints for both styles are available locally."""
+    """Return the model sizes whose checkpoints for all styles are available locally."""
     return [size for size in PRESETS if {f"{size}-{style}" for style in STYLES} <= set(SHIPPED)]
 
 
@@ -65,7 +70,7 @@ def complete(photo: str | None, prefix: str, size: str, style: str) -> Iterator[
         photo: path of the image file.
         prefix: beginning of the sentence.
         size: mini, base or large.
-        style: short or long.
+        style: one of `STYLES`.
 
     Raises:
         gr.Error: shown on the page, if an argument is invalid.
@@ -75,7 +80,7 @@ def complete(photo: str | None, prefix: str, size: str, style: str) -> Iterator[
     if not isinstance(prefix, str) or len(prefix) > LONGEST_PREFIX:
         raise gr.Error(TOO_LONG, print_exception=False)
     if size not in sizes() or style not in list(STYLES):
-        raise gr.Error(f"Choose one of {', '.join(sizes())}, and short or long.", print_exception=False)
+        raise gr.Error(f"Choose one of {', '.join(sizes())}, and {' or '.join(STYLES)}.", print_exception=False)
     with_image = without_image = ""
     try:
         model, processor = model_of(f"{size}-{style}")
@@ -140,7 +145,7 @@ def page() -> gr.Blocks:
                 )
                 style = gr.Radio(
                     [(f"{style} ({words} words)", style) for style, words in STYLES.items()],
-                    value="short",
+                    value=next(iter(STYLES)),
                     label="Style",
                 )
                 button = gr.Button("Complete", variant="primary")

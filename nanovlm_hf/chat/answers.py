@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from ..errors import InputError, scrub
 from ..files import parse_json, validate
-from .complaints import MAX_SHOWN, ComplaintError, complaint_in, complaint_of, plain_text, seconds_to_wait
+from .api_errors import MAX_SHOWN, ApiError, parse_error_body, parse_error_response, plain_text, seconds_to_wait
 
 MAX_TOKENS = 10**9  # larger counts are treated as missing
 
@@ -110,11 +110,11 @@ def read_completion(content: Any) -> Reply:
     """Return the reply in a chat completion.
 
     Raises:
-        ComplaintError: if the content is an error, sent with status 200.
+        ApiError: if the content is an error, sent with status 200.
         InputError: if it is neither.
     """
     if isinstance(content, dict) and (error := _error_in(content)) is not None:
-        raise complaint_of(None, error)
+        raise parse_error_body(None, error)
     completion = validate(content, _Completion, "a reply that cannot be read")
     choice = completion.choices[0]
     return Reply(
@@ -131,11 +131,11 @@ def read_answer(status: int, content: bytes, headers: Mapping[str, str]) -> Repl
     """Return the reply in an HTTP response.
 
     Raises:
-        ComplaintError: if the response is an error.
+        ApiError: if the response is an error.
         InputError: if it cannot be parsed.
     """
     if not 200 <= status < 300:
-        raise complaint_in(status, content, headers)
+        raise parse_error_response(status, content, headers)
     text = content.decode("utf-8-sig", errors="replace")
     try:
         body = parse_json(text, "a reply that cannot be read")
@@ -144,8 +144,8 @@ def read_answer(status: int, content: bytes, headers: Mapping[str, str]) -> Repl
         raise InputError(f"a reply that cannot be read ({shown})") from None
     try:
         return read_completion(body)
-    except ComplaintError as complaint:
-        complaint.retry_after = seconds_to_wait(headers.get("retry-after"))
+    except ApiError as error:
+        error.retry_after = seconds_to_wait(headers.get("retry-after"))
         raise
 
 

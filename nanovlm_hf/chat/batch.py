@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 from ..errors import InputError, Interrupt, scrub
 from ..files import parse_json
 from .answers import Reply, all_thinking, read_completion
+from .api_errors import MAX_SHOWN, ApiError, parse_error_body
 from .batch_api import ENDED, Batch, BatchApi
 from .batch_jobs import JobFolder
 from .client import ALL_THINKING, Outcome, spent, thinking_problem
-from .complaints import MAX_SHOWN, ComplaintError, complaint_of
 from .endpoint import Endpoint, EndpointError
 from .prices import BATCH_DISCOUNT, most_tokens
 from .refusals import Refusals
@@ -138,7 +138,7 @@ class _Batches:
         batch = self.api.find(digest, noted) or self.api.create(path.name, content, digest)
         self.jobs.note(path, batch_id=batch.id)
         count = content.count(b"\n")
-        self.say(f"{path.name}: {count} requests are at {self.endpoint.address} as {batch.id}")
+        self.say(f"{path.name}: {count} requests were submitted to {self.endpoint.address} as {batch.id}")
         return batch.id
 
     def _fetch(self, path: Path, known: dict[str, ChatRequest]) -> None:
@@ -147,7 +147,7 @@ class _Batches:
         batch = self._wait(path, self._send(path))
         if batch.status == "failed":
             self.jobs.note(path, fetched=True)
-            reason = scrub(complaint_of(400, _problems(batch)).message, MAX_SHOWN)
+            reason = scrub(parse_error_body(400, _problems(batch)).message, MAX_SHOWN)
             raise EndpointError(f"{batch.id}: the endpoint refuses {path.name} ({reason})")
         # Requests of an earlier run with another prompt or model are stored as well: they are paid for.
         left = {key: known.get(key, request) for key, request in sent.items() if key not in self.store}
@@ -193,12 +193,12 @@ class _Batches:
         """Store the reply or refusal of a request; return whether there was one."""
         try:
             fields = _reply_of(row).model_dump()
-        except ComplaintError as complaint:
-            self.outcome.unanswered[request.key] = f"in the batch: {complaint}"
-            if self.endpoint.dialect.learn(complaint, sent, self.say) or not complaint.refuses:
+        except ApiError as error:
+            self.outcome.unanswered[request.key] = f"in the batch: {error}"
+            if self.endpoint.dialect.learn(error, sent, self.say) or not error.refuses:
                 return False
             self.outcome.unanswered.pop(request.key)
-            self.refusals.add(request, complaint)
+            self.refusals.add(request, error)
             return True
         except InputError as error:
             self.outcome.unanswered[request.key] = f"in the batch: {scrub(str(error), MAX_SHOWN)}"
@@ -220,7 +220,7 @@ def _reply_of(row: dict[str, Any]) -> Reply:
     """Return the reply in a line of an output file.
 
     Raises:
-        ComplaintError: if the line holds an error.
+        ApiError: if the line holds an error.
         InputError: if it cannot be parsed.
     """
     response = row.get("response")
@@ -229,5 +229,5 @@ def _reply_of(row: dict[str, Any]) -> Reply:
     if status == 200:
         return read_completion(body)
     if row.get("error"):
-        raise complaint_of(status if isinstance(status, int) else None, row["error"])
-    raise complaint_of(status if isinstance(status, int) else None, body)
+        raise parse_error_body(status if isinstance(status, int) else None, row["error"])
+    raise parse_error_body(status if isinstance(status, int) else None, body)

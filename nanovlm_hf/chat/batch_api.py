@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from ..errors import InputError, first_line
 from ..files import parse_json, validate
-from .complaints import complaint_in
+from .api_errors import parse_error_response
 from .endpoint import Endpoint, EndpointError
 from .transport import BodyError, BoundedClient, save
 
@@ -133,17 +133,17 @@ class BatchApi:
             yield
         except openai.APIStatusError as error:
             status = error.response.status_code
-            complaint = complaint_in(status, error.response.content, error.response.headers)
+            api_error = parse_error_response(status, error.response.content, error.response.headers)
             if status == 404:
                 raise _NotFoundError(f"{address}: has no Batch API (404): omit --batch") from None
-            raise self.endpoint.error_for_all(complaint) or EndpointError(f"{address}: {complaint}") from None
+            raise self.endpoint.error_for_all(api_error) or EndpointError(f"{address}: {api_error}") from None
         except (openai.APIConnectionError, httpx2.HTTPError, BodyError) as error:
             raise EndpointError(
-                f"{address}: {first_line(error.__cause__ or error)}: nothing is lost, the same command resumes "
+                f"{address}: {first_line(error.__cause__ or error)}: nothing is lost; the same command resumes "
                 "from here"
             ) from None
         except InputError as error:
-            raise EndpointError(f"{address}: a response of the Batch API is malformed ({error})") from None
+            raise EndpointError(f"{address}: the response of the Batch API is malformed ({error})") from None
 
 
 class _NotFoundError(EndpointError):

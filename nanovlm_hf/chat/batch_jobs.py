@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field, StrictBool
 
 from ..errors import InputError
-from ..files import atomic_write, read_json, read_jsonl, validate
+from ..files import atomic_write, json_line, read_json, read_jsonl, validate
 from .endpoint import Endpoint
 from .prices import most_tokens
 from .replies import ChatRequest
@@ -61,7 +61,7 @@ class JobFolder:
                 body = {"model": endpoint.model, "messages": request.messages}
                 body |= endpoint.dialect.translate(request.parameters)
                 line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json_line(line))
         return path
 
     def requests(self, path: Path) -> dict[str, ChatRequest]:
@@ -83,7 +83,7 @@ class JobFolder:
                 raise InputError(f"{path}: line {number} is not a request: {remedy}") from None
             requests[request.key] = request
         if not requests:
-            raise InputError(f"{path}: is empty: {remedy}")
+            raise InputError(f"{path}: the file is empty: {remedy}")
         return requests
 
     def state(self, path: Path) -> JobState:

@@ -20,7 +20,7 @@ import openai
 
 from ..errors import InputError, Interrupt, Terminated, first_line, scrub
 from .answers import Reply, all_thinking, read_answer
-from .complaints import MAX_SHOWN, ComplaintError
+from .api_errors import MAX_SHOWN, ApiError
 from .endpoint import Endpoint, EndpointError
 from .prices import Price, most_tokens
 from .refusals import Refusals
@@ -213,23 +213,23 @@ class _Run:
             try:
                 async with asyncio.timeout(self.endpoint.timeout):
                     return await _post(client, body)
-            except ComplaintError as complaint:
-                problem = str(complaint)
-                if error := self.endpoint.error_for_all(complaint):
+            except ApiError as api_error:
+                problem = str(api_error)
+                if error := self.endpoint.error_for_all(api_error):
                     self.outcome.unanswered[request.key] = problem
                     self._end(error)
                     return None
-                if self.endpoint.dialect.learn(complaint, body, self.say):
+                if self.endpoint.dialect.learn(api_error, body, self.say):
                     attempts -= 1
                     continue
-                if complaint.refuses:
+                if api_error.refuses:
                     self.unanswered_in_a_row = 0  # the endpoint responds
-                    self.refusals.add(request, complaint)
+                    self.refusals.add(request, api_error)
                     return None
-                wait = complaint.retry_after
+                wait = api_error.retry_after
                 if wait is not None:
                     wait = min(wait, LONGEST_PAUSE)
-                    if complaint.status != 429:
+                    if api_error.status != 429:
                         pause = max(pause, wait)
                     elif time.monotonic() + wait - began < RATE_LIMIT_PATIENCE:
                         # All requests wait, since more of them would be rejected too; this is not a failed attempt.
@@ -266,7 +266,7 @@ async def _post(client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
     """Send a request once.
 
     Raises:
-        ComplaintError: if the endpoint rejects the request.
+        ApiError: if the endpoint rejects the request.
         InputError: if it cannot be reached, or its response cannot be parsed.
     """
     try:

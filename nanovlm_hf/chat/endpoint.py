@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import InputError, UsageError, scrub
-from .complaints import ComplaintError
+from .api_errors import ApiError
 from .prices import Price
 
 OPENAI_BASE_URL = "https://api.openai.com/v1"
@@ -57,31 +57,32 @@ class Dialect:
                 sent[name] = value
         return sent
 
-    def learn(self, complaint: ComplaintError, sent: dict[str, Any], say: Callable[[str], None]) -> bool:
+    def learn(self, error: ApiError, sent: dict[str, Any], say: Callable[[str], None]) -> bool:
         """Return whether to repeat a rejected request without a parameter that the endpoint does not support.
 
         Args:
-            complaint: the endpoint's reason for rejecting the request.
+            error: the endpoint's reason for rejecting the request.
             sent: body of the request.
             say: called with one line when a parameter is first found to be unsupported.
         """
-        if complaint.status not in (400, 422):
+        if error.status not in (400, 422):
             return False
         for name, instead in REPLACEABLE.items():
-            if name in sent and _is_unknown(name, complaint):
+            if name in sent and _is_unknown(name, error):
                 if name not in self.unknown:
                     self.unknown.add(name)
-                    say(f"the endpoint does not know {name}: {f'sending {instead} instead' if instead else 'left out'}")
+                    remedy = f"{instead} is sent instead" if instead else "it is left out"
+                    say(f"the endpoint does not support {name}: {remedy}")
                 return True
         return False
 
 
-def _is_unknown(name: str, complaint: ComplaintError) -> bool:
-    if name not in complaint.parameters and not re.search(rf"\b{name}\b", complaint.message):
+def _is_unknown(name: str, error: ApiError) -> bool:
+    if name not in error.parameters and not re.search(rf"\b{name}\b", error.message):
         return False
-    if name != "response_format" and _OUT_OF_RANGE.search(complaint.message):
+    if name != "response_format" and _OUT_OF_RANGE.search(error.message):
         return False
-    return name in complaint.parameters or bool(_UNKNOWN.search(f"{complaint.message} {complaint.codes}"))
+    return name in error.parameters or bool(_UNKNOWN.search(f"{error.message} {error.codes}"))
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,13 @@ class Endpoint:
     def __post_init__(self) -> None:
         _check_address(self.base_url)
         if not 1 <= self.concurrency <= MAX_CONCURRENCY:
-            raise UsageError(f"--concurrency {self.concurrency}: it must be between 1 and {MAX_CONCURRENCY}")
+            raise UsageError(f"--concurrency {self.concurrency}: must be between 1 and {MAX_CONCURRENCY}")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise UsageError(f"--timeout {self.timeout:g}: it must be a positive number of seconds")
+            raise UsageError(f"--timeout {self.timeout:g}: must be a positive number of seconds")
         if self.tries < 1:
-            raise UsageError(f"--tries {self.tries}: it must be at least 1")
+            raise UsageError(f"--tries {self.tries}: must be at least 1")
         if self.max_cost is not None and not (math.isfinite(self.max_cost) and self.max_cost >= 0):
-            raise UsageError(f"--max-cost {self.max_cost:g}: it must be a non-negative number of US dollars")
+            raise UsageError(f"--max-cost {self.max_cost:g}: must be a non-negative number of US dollars")
         if self.max_cost is not None and self.price is None:
             raise UsageError(f"--max-cost: the price of {self.model} is not known: add --price INPUT OUTPUT")
 
@@ -151,26 +152,24 @@ class Endpoint:
         """
         _ = self.api_key
 
-    def error_for_all(self, complaint: ComplaintError) -> EndpointError | None:
+    def error_for_all(self, error: ApiError) -> EndpointError | None:
         """Return an error if every request would be rejected for the same reason: the key, the model or the account."""
         # An endpoint's message about a key may contain a part of it, so it is not repeated.
-        if complaint.no_credit:
-            status = "" if complaint.status is None else f" ({complaint.status})"
+        if error.no_credit:
+            status = "" if error.status is None else f" ({error.status})"
             return EndpointError(f"{self.address}: the account has no credit left{status}")
-        if complaint.status == 401:
-            return EndpointError(f"OPENAI_API_KEY: {self.address} does not accept it (401)")
-        if complaint.status == 403 and not complaint.refuses:
-            return EndpointError(f"OPENAI_API_KEY: it may not use {scrub(self.model)} at {self.address} (403)")
-        if complaint.status != 404:
+        if error.status == 401:
+            return EndpointError(f"OPENAI_API_KEY: rejected by {self.address} (401)")
+        if error.status == 403 and not error.refuses:
+            return EndpointError(f"OPENAI_API_KEY: not allowed to use {scrub(self.model)} at {self.address} (403)")
+        if error.status != 404:
             return None
-        if re.search(rf"model|(?<!\w){re.escape(self.model)}(?!\w)", f"{complaint.message} {complaint.codes}", re.I):
-            return EndpointError(
-                f"--model {scrub(self.model)}: {self.address} does not know it (404: {complaint.message})"
-            )
+        if re.search(rf"model|(?<!\w){re.escape(self.model)}(?!\w)", f"{error.message} {error.codes}", re.I):
+            return EndpointError(f"--model {scrub(self.model)}: not available at {self.address} (404: {error.message})")
         hint = "" if urlsplit(self.base_url).path.rstrip("/").endswith("/v1") else ": is /v1 missing at the end?"
         return EndpointError(
-            f"--base-url {self.address}: there are no chat completions at this address "
-            f"(404: {complaint.message}){hint or ': check the address'}"
+            f"--base-url {self.address}: this address does not serve chat completions "
+            f"(404: {error.message}){hint or ': check the address'}"
         )
 
 
@@ -182,7 +181,7 @@ def _check_address(base_url: str) -> None:
     except ValueError:
         raise UsageError(f"--base-url {shown}: not a valid URL") from None
     if parts.scheme not in ("http", "https"):
-        raise UsageError(f"--base-url {shown}: it must begin with http:// or https://")
+        raise UsageError(f"--base-url {shown}: must begin with http:// or https://")
     if "@" in parts.netloc:
         raise UsageError(f"--base-url {shown}: remove the user name and password: the key belongs in OPENAI_API_KEY")
     if not host or not base_url.isprintable() or " " in base_url:

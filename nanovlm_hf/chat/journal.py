@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import parse_json, without_surrogates
+from ..files import json_line, parse_json, without_surrogates
 
 
 class Journal:
@@ -71,7 +70,7 @@ class Journal:
         Raises:
             OSError: if it cannot be written; the file is then unchanged.
         """
-        line = (json.dumps(without_surrogates(row), ensure_ascii=False) + "\n").encode()
+        line = json_line(without_surrogates(row)).encode()
         if os.write(self._out, line) != len(line):  # one unbuffered write: a partial line can be cut off
             os.ftruncate(self._out, self._end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -85,6 +84,11 @@ class Journal:
         self._in.close()
 
 
+def request_key(fingerprint: str, attempt: int) -> str:
+    """Return the key of a request in the store and in a batch (at most 64 characters)."""
+    return f"{fingerprint}-{attempt}"
+
+
 def key_of(row: dict[str, Any]) -> str:
     """Return the key of the request that an object belongs to.
 
@@ -94,7 +98,7 @@ def key_of(row: dict[str, Any]) -> str:
     fingerprint, attempt = row.get("fingerprint"), row.get("attempt")
     if not isinstance(fingerprint, str) or not isinstance(attempt, int) or isinstance(attempt, bool):
         raise ValueError("not a request")
-    return f"{fingerprint}-{attempt}"
+    return request_key(fingerprint, attempt)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

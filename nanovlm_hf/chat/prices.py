@@ -60,6 +60,23 @@ def estimate_tokens(messages: list[dict[str, Any]]) -> int:
     return round(sum(_tokens_of(message["content"]) + TOKENS_PER_MESSAGE for message in messages))
 
 
+def cost_estimate(
+    calls: int, prompt_tokens: int, completion_tokens: float, price: Price | None, batch: bool = False
+) -> dict[str, Any]:
+    """Return `calls`, `prompt_tokens`, `completion_tokens` and `cost` in US dollars (None without a price).
+
+    Args:
+        batch: whether the Batch API is used, at a lower price.
+    """
+    share = BATCH_DISCOUNT if batch else 1.0
+    return {
+        "calls": calls,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": round(completion_tokens),
+        "cost": None if price is None else share * price.cost(prompt_tokens, completion_tokens),
+    }
+
+
 def most_tokens(messages: list[dict[str, Any]], parameters: dict[str, Any]) -> tuple[int, int]:
     """Return the maximum number of input tokens (a generous estimate) and of output tokens of a request."""
     return 2 * estimate_tokens(messages), token_limit(parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .complaints import ComplaintError
+from .api_errors import ApiError
 from .endpoint import Endpoint, EndpointError
 from .replies import ChatRequest, ReplyStore
 
@@ -23,16 +23,16 @@ class Refusals:
     def __init__(self, endpoint: Endpoint, store: ReplyStore):
         self.endpoint, self.store = endpoint, store
         self.served = len(store) > 0
-        self.held: list[tuple[ChatRequest, ComplaintError]] = []
+        self.held: list[tuple[ChatRequest, ApiError]] = []
 
-    def add(self, request: ChatRequest, complaint: ComplaintError) -> None:
+    def add(self, request: ChatRequest, error: ApiError) -> None:
         """Add a refusal."""
         if self.store.suspected(request.key):  # refused by two runs
-            self.store.refuse(request, complaint, final=True)
+            self.store.refuse(request, error, final=True)
             return
-        if self.held and _normalized(complaint) != _normalized(self.held[0][1]):
+        if self.held and _normalized(error) != _normalized(self.held[0][1]):
             self._write(final=True)
-        self.held.append((request, complaint))
+        self.held.append((request, error))
 
     def success(self) -> None:
         """Record that the endpoint has answered a request."""
@@ -48,23 +48,23 @@ class Refusals:
         """Write the held refusals at the end of a run, and return the error if every request was refused."""
         if not self.held:
             return None
-        complaint, hopeless = self.held[0][1], self.all_refused or not self.served
+        error, hopeless = self.held[0][1], self.all_refused or not self.served
         number = len(self.held)
         self._write(final=not hopeless)
         if not hopeless:
             return None
         path = self.store.path.with_name("refused.jsonl")
         return EndpointError(
-            f"{self.endpoint.address} refuses every request, {number} so far ({complaint}): change what it names; if "
+            f"{self.endpoint.address} refuses every request, {number} so far ({error}): change what it names; if "
             f"only these requests are at fault, run again: {path.name} prevents a third attempt"
         )
 
     def _write(self, final: bool) -> None:
-        for request, complaint in self.held:
-            self.store.refuse(request, complaint, final)
+        for request, error in self.held:
+            self.store.refuse(request, error, final)
         self.held.clear()
 
 
-def _normalized(complaint: ComplaintError) -> tuple[int | None, str]:
+def _normalized(error: ApiError) -> tuple[int | None, str]:
     """Return an error without the parts that differ between requests: numbers, identifiers and quoted words."""
-    return complaint.status, re.sub(r"\S*\d\S*|\"[^\"]*\"|'[^']*'", "#", complaint.message)
+    return error.status, re.sub(r"\S*\d\S*|\"[^\"]*\"|'[^']*'", "#", error.message)

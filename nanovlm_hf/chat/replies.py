@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import InputError, scrub
 from ..files import locked
 from .answers import Reply
-from .complaints import ComplaintError
-from .journal import Journal, key_of
+from .api_errors import ApiError
+from .journal import Journal, key_of, request_key
 from .prices import BATCH_DISCOUNT, estimate_reply, estimate_tokens
 
 REFUSAL = "refusal"  # also the name of the gate for replies that decline
@@ -41,8 +41,8 @@ class ChatRequest:
 
     @property
     def key(self) -> str:
-        """Key of the request in the store and in a batch (at most 64 characters)."""
-        return f"{self.fingerprint}-{self.attempt}"
+        """Key of the request (`request_key`)."""
+        return request_key(self.fingerprint, self.attempt)
 
 
 def fingerprint_of(model: str, parameters: dict[str, Any], messages: list[dict[str, Any]]) -> str:
@@ -166,7 +166,7 @@ class ReplyStore:
             usage |= {"completion_tokens": estimate_reply(fields, request.parameters), "estimated": True}
         self._replies.add(self._row(request, fields | ({"batch": True} if reply.get("batch") else {})))
 
-    def refuse(self, request: ChatRequest, complaint: ComplaintError, final: bool) -> None:
+    def refuse(self, request: ChatRequest, error: ApiError, final: bool) -> None:
         """Write that a request was refused.
 
         Args:
@@ -176,8 +176,8 @@ class ReplyStore:
             OSError: as `add`.
         """
         if request.key not in self:
-            reason = REFUSAL if complaint.content_filter else REFUSED_BY_ENDPOINT
-            fields = {"reason": reason, "status": complaint.status, "problem": scrub(str(complaint)), "final": final}
+            reason = REFUSAL if error.content_filter else REFUSED_BY_ENDPOINT
+            fields = {"reason": reason, "status": error.status, "problem": scrub(str(error)), "final": final}
             self._refusals.add(self._row(request, fields))
 
     def _row(self, request: ChatRequest, fields: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Exit
 
-from ..errors import UsageError, printable
+from ..errors import UsageError, printable, warn
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class GenerationOptions:
         from ..completion_files import LOWEST_TEMPERATURE
 
         if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
-            limits = f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}"
-            raise UsageError(f"--temperature {self.temperature:g}: it is 0, which does not sample, or {limits}")
+            limits = f"between {LOWEST_TEMPERATURE:g} and {HIGHEST_TEMPERATURE:g}"
+            raise UsageError(f"--temperature {self.temperature:g}: must be 0 (no sampling) or {limits}")
         wanted = self.num_return_sequences
         if wanted > 1 and self.temperature == 0 and (self.num_beams or 1) < wanted:
             raise UsageError(
@@ -80,7 +80,7 @@ class GenerationOptions:
 
 
 def complete(
-    photos: Annotated[
+    images: Annotated[
         list[Path] | None,
         typer.Argument(help="Image files, or folders of images.", show_default="a sample portrait"),
     ] = None,
@@ -109,10 +109,10 @@ def complete(
 
     from ..completion_files import skipped_files
 
-    paths = photos or [_sample_image()]
+    paths = images or [_sample_image()]
     results = _results(model, paths, prefix, options)
     for line in skipped_files(paths):
-        print(f"nanovlm: {line}", file=sys.stderr)
+        warn(line)
     if as_json and hasattr(sys.stdout, "reconfigure"):
         # JSON is UTF-8 whatever the locale is; bytes of a file name that are not UTF-8 are escaped as JSON escapes.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -123,7 +123,7 @@ def complete(
         if as_json:
             print(json.dumps(_json_row(result, prefix), ensure_ascii=False), flush=True)
         if result.error is not None:
-            print(f"nanovlm: {result.error}", file=sys.stderr, flush=True)
+            warn(result.error)
         elif not as_json:
             _print_texts(result, labelled)
     if failed:
@@ -140,9 +140,10 @@ def _results(model: str, paths: list[Path], prefix: str, options: GenerationOpti
         return complete_files(OnnxModel(Path(model)), paths, prefix, options.max_new_tokens, options.blind)
 
     from .. import completion
+    from ..loading import load_model
 
     quiet()
-    loaded, processor = completion.load_model(model)
+    loaded, processor = load_model(model)
     return completion.complete(loaded, processor, paths, prefix, **options.arguments())
 
 
@@ -172,5 +173,5 @@ def _sample_image() -> Path:
     else:
         path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
         source = "a sample image of Matplotlib"
-    print(f"nanovlm: no image given; using {path.name}, {source}", file=sys.stderr)
+    warn(f"no image given; using {path.name}, {source}")
     return path

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from ..data.describe import DescribeSettings
 
 
+def _range(limits: tuple[int, int]) -> str:
+    """Return a range of numbers as an option has it, such as `15-32`."""
+    return "{}-{}".format(*limits)
+
+
+def _length_help(name: str, unit: str) -> str:
+    """Return the help of the option for the `words` or `sentences` of a variant."""
+    requested = _range(getattr(VARIANTS[name].requested, unit))
+    return f"Accepted number of {unit} of a {name} description (its prompt asks for {requested})."
+
+
 @dataclass(frozen=True)
 class VariantOptions:
     """How the descriptions of one variant are requested and accepted.
@@ -67,7 +78,7 @@ class DescribeOptions:
 
         every = self.variant in ("all", "both")  # `both` was the name when there were two
         if not every and self.variant not in VARIANTS:
-            raise UsageError(f"--variant {self.variant}: it is {', '.join(VARIANTS)} or all")
+            raise UsageError(f"--variant {self.variant}: choose {', '.join(VARIANTS)} or all")
         prompts, accepted = {}, {name: one.accepted for name, one in VARIANTS.items()}
         for name, one in self.by_variant.items():
             words = parse_range(f"--words-{name}", one.words)
@@ -112,18 +123,18 @@ def describe(
     attempts: Annotated[
         int, typer.Option(min=1, help="Maximum number of replies for an image until one passes the quality gates.")
     ] = 3,
-    words_short: Annotated[
-        str, typer.Option(help="Accepted number of words of a short description (its prompt asks for 20-25).")
-    ] = "15-32",
-    words_long: Annotated[
-        str, typer.Option(help="Accepted number of words of a long description (its prompt asks for 60-70).")
-    ] = "50-85",
-    sentences_short: Annotated[
-        str, typer.Option(help="Accepted number of sentences of a short description (its prompt asks for 2-3).")
-    ] = "1-4",
-    sentences_long: Annotated[
-        str, typer.Option(help="Accepted number of sentences of a long description (its prompt asks for 5-6).")
-    ] = "4-9",
+    words_short: Annotated[str, typer.Option(help=_length_help("short", "words"))] = _range(
+        VARIANTS["short"].accepted.words
+    ),
+    words_long: Annotated[str, typer.Option(help=_length_help("long", "words"))] = _range(
+        VARIANTS["long"].accepted.words
+    ),
+    sentences_short: Annotated[str, typer.Option(help=_length_help("short", "sentences"))] = _range(
+        VARIANTS["short"].accepted.sentences
+    ),
+    sentences_long: Annotated[str, typer.Option(help=_length_help("long", "sentences"))] = _range(
+        VARIANTS["long"].accepted.sentences
+    ),
     max_completion_tokens: Annotated[
         int | None,
         typer.Option(
@@ -163,14 +174,14 @@ def describe(
     given = None if descriptions is None else read_descriptions(descriptions)
     settings = describe_options.settings()
     endpoint = endpoint_options.endpoint(needs_key=given is None and not dry_run)
-    photos = shard_of(read_all_captions(captions), num_shards, shard_index)
+    records = shard_of(read_all_captions(captions), num_shards, shard_index)
     if given is not None:
-        _check_ids(descriptions, given, photos if num_shards == 1 else read_all_captions(captions))
-    _describe(photos, settings, endpoint, given, out, RequestOptions(dry_run, batch, poll_seconds))
+        _check_ids(descriptions, given, records if num_shards == 1 else read_all_captions(captions))
+    _describe(records, settings, endpoint, given, out, RequestOptions(dry_run, batch, poll_seconds))
 
 
 def _describe(
-    photos: list[Any],
+    records: list[Any],
     settings: DescribeSettings,
     endpoint: Any,
     given: dict[int, dict[str, str]] | None,
@@ -187,7 +198,7 @@ def _describe(
     from ..data.describe import Describer
 
     with ReplyStore(out) if given is None else nullcontext() as store:
-        describer = Describer(photos, settings, store, given)
+        describer = Describer(records, settings, store, given)
         if requests.dry_run:
             describer.apply_gates()
             print_estimate(describer.estimate(endpoint.price, requests.batch), endpoint)
@@ -201,11 +212,11 @@ def _describe(
         print(f"{name}: {counts['accepted']} described, {counts['rejected']} not{shown}")
     if describer.error is not None:
         raise describer.error
-    if (complaint := describer.complaint(out)) is not None:
-        raise InputError(complaint)
+    if (incomplete := describer.incomplete_reason(out)) is not None:
+        raise InputError(incomplete)
 
 
-def _check_ids(path: Path, given: dict[int, Any], photos: list[Any]) -> None:
-    unknown = given.keys() - {photo.image_id for photo in photos}
+def _check_ids(path: Path, given: dict[int, Any], records: list[Any]) -> None:
+    unknown = given.keys() - {record.image_id for record in records}
     if unknown:
         raise InputError(f"{path}: {len(unknown)} of its image_ids have no captions, first {min(unknown)}")

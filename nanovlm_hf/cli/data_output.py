@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..errors import warn
 
 if TYPE_CHECKING:
     from ..data.build import BuildSummary
@@ -22,4 +23,4 @@ def print_summary(summary: BuildSummary, out: Path) -> None:
     for variant, counts in summary.rows.items():
         print(f"{variant}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     if summary.skipped:
-        print(f"nanovlm: {out / 'skipped.jsonl'}: {summary.skipped} images are left out", file=sys.stderr)
+        warn(f"{out / 'skipped.jsonl'}: {summary.skipped} images are left out")

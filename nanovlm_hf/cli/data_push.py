@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import UsageError, scrub
+from ..errors import UsageError, scrub, warn
 from ..extras import require
 from .data_output import read_about
 
@@ -48,6 +47,6 @@ def push(
     else:
         repositories = write_repositories(dataset, to_folder, license, text)
     if left_out := unpublished(dataset):
-        print(f"nanovlm: not published: {scrub(', '.join(left_out), 200)}", file=sys.stderr)
+        warn(f"not published: {scrub(', '.join(left_out), 200)}")
     for repository in repositories:
         print(repository)

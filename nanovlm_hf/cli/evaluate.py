@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, warn
 from ..extras import require
 from ..variants import VARIANTS
 from . import options
@@ -20,6 +19,9 @@ from .evaluate_sheet import sheet
 from .options import EndpointOptions, JudgeOptions
 from .quiet import quiet, quiet_datasets
 
+# Options that were renamed; their old names still work, but no help shows them.
+OLD_NAMES = {"grounding-photos": "grounding-images", "judge-sees-photo": "judge-sees-image"}
+
 app = typer.Typer(help="Evaluate models: completions, judge grades, originality, grounding, human ratings, report.")
 app.command("judge")(judge_command)
 app.command()(sheet)
@@ -28,7 +30,9 @@ app.command()(human_score)
 app.command()(probe)
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(
+    invoke_without_command=True, context_settings={"token_normalize_func": lambda name: OLD_NAMES.get(name, name)}
+)
 def evaluate(
     context: typer.Context,
     model: Annotated[
@@ -74,15 +78,15 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also evaluate BLIP, GIT, Kosmos-2 and SmolVLM.")
     ] = False,
-    grounding_photos: Annotated[
+    grounding_images: Annotated[
         int, typer.Option(min=0, help="Number of validation images for the grounding metrics; 0 skips them.")
     ] = 1000,
     judge: Annotated[
         str | None,
         typer.Option(help="Chat model that grades the completions; the paper used gpt-4o.", show_default="none"),
     ] = None,
-    judge_sees_photo: Annotated[
-        bool, typer.Option("--judge-sees-photo", help="Show the judge the images as well (beyond the paper).")
+    judge_sees_image: Annotated[
+        bool, typer.Option("--judge-sees-image", help="Show the judge the images as well (beyond the paper).")
     ] = False,
     judge_prompt: options.JudgePrompt = None,
     judge_base_url: options.BaseUrl = None,
@@ -99,10 +103,12 @@ def evaluate(
         return
     if not model or dataset is None or out is None:
         raise UsageError("--model, --dataset and --out are required; see nanovlm evaluate --help")
+    from ..data.sources import ORIGINS
+
     if variant not in VARIANTS:
-        raise UsageError(f"--variant {variant}: it is {' or '.join(VARIANTS)}")
-    if written_from not in (None, "captions", "image"):
-        raise UsageError(f"--written-from {written_from}: it is captions or image")
+        raise UsageError(f"--variant {variant}: choose {' or '.join(VARIANTS)}")
+    if written_from not in (None, *ORIGINS):
+        raise UsageError(f"--written-from {written_from}: choose {' or '.join(ORIGINS)}")
     judge_options = None
     if judge is not None:
         endpoint_options = EndpointOptions(judge, judge_base_url, concurrency, timeout, price, max_cost)
@@ -129,14 +135,14 @@ def evaluate(
         images=images,
         prefix=prefix,
         max_new_tokens=max_new_tokens,
-        grounding_photos=grounding_photos,
+        grounding_images=grounding_images,
         endpoint=None if judge_options is None else judge_options.endpoint.endpoint(),
         judge=None if judge_options is None else judge_options.settings(),
-        judge_sees_photo=judge_sees_photo,
+        judge_sees_image=judge_sees_image,
     )
     quiet()
     quiet_datasets()
     for line in skipped_files([] if images is None else [images]):
-        print(f"nanovlm: {line}", file=sys.stderr)
+        warn(line)
     run.evaluate(settings)
     print(out / "index.html")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, UsageError, scrub
+from ..errors import InputError, UsageError, scrub, warn
 
 if TYPE_CHECKING:
     from ..evaluation.graders import GraderRecord
@@ -44,7 +43,7 @@ def record_grades(grades: list[Path], graders: list[str], key: Path | None, day:
         _print_record(record)
         if record.missing:
             counts = f"{record.missing} of {record.texts} texts have no grades"
-            print(f"nanovlm: {path}: {counts}: they do not count", file=sys.stderr)
+            warn(f"{path}: {counts}: they do not count")
     print(write_graders_page(out / "grades"))
 
 
@@ -59,5 +58,9 @@ def _print_record(record: GraderRecord) -> None:
         cells = [scrub(cell, 60) for cell in row]
         print("  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]))
     if record.calibration is not None:
-        found = record.calibration
-        print(f"difference from the paper's judge on {found.items} texts: {found.mean_difference:+.2f} per grade")
+        print_calibration(record.calibration.items, record.calibration.mean_difference)
+
+
+def print_calibration(items: int, mean_difference: float) -> None:
+    """Print how far grades are from those of the paper's judge, on average over the texts that both have graded."""
+    print(f"difference from the paper's judge on {items} texts: {mean_difference:+.2f} per grade")

@@ -23,10 +23,10 @@ def human_score(
     """Print the mean human ratings, Krippendorff's alpha between raters, and the correlation with a judge."""
     require("eval", "nanovlm evaluate human-score")
 
-    from ..evaluation.completions import write_json
     from ..evaluation.human import read_judged, score_ratings
     from ..evaluation.judge import CRITERIA
     from ..evaluation.report import interval
+    from ..files import write_json
 
     result = score_ratings(key, ratings, None if judge is None else read_judged(judge))
     if out is not None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import InputError, UsageError, scrub
+from ..errors import InputError, UsageError, scrub, warn
 from ..extras import require
 from . import options
-from .evaluate_grades import record_grades
+from .evaluate_grades import print_calibration, record_grades
 from .options import EndpointOptions, JudgeOptions, RequestOptions
 
 SHOWN_FLAGS = 5
@@ -83,8 +82,9 @@ def _judge(completions: list[str], out: Path, judge_options: JudgeOptions, reque
     from ..chat.replies import ReplyStore
     from ..chat.terminal import make_request_fn, print_estimate
     from ..evaluation.calibration import calibration, paper_outputs, printed_scores
-    from ..evaluation.completions import read_all_rows, texts_of_other_beginnings, write_json
+    from ..evaluation.completions import read_all_rows, texts_of_other_beginnings
     from ..evaluation.judge import Judge
+    from ..files import write_json
 
     endpoint = judge_options.endpoint.endpoint(needs_key=not requests.dry_run)
     settings = judge_options.settings()
@@ -92,7 +92,7 @@ def _judge(completions: list[str], out: Path, judge_options: JudgeOptions, reque
     rows, printed = read_all_rows(paths), printed_scores(paths)
     others = texts_of_other_beginnings(rows)
     if others:
-        print(f"nanovlm: {others}: they are graded as they are", file=sys.stderr)
+        warn(f"{others}: they are graded as they are")
     with ReplyStore(out) as store:
         judge = Judge(rows, settings, store)
         if requests.dry_run:
@@ -104,14 +104,14 @@ def _judge(completions: list[str], out: Path, judge_options: JudgeOptions, reque
     write_json(out / "judge.json", summary | {"lines": lines})
     _print_grades(summary)
     _print_flags(summary, out)
-    complaint = judge.complaint()
-    if judge.error is None and complaint is None and summary["missing_reasons"]:
+    incomplete = judge.incomplete_reason()
+    if judge.error is None and incomplete is None and summary["missing_reasons"]:
         reasons = ", ".join(f"{scrub(reason, 80)} {count}" for reason, count in summary["missing_reasons"].items())
-        print(f"nanovlm: {out / 'judge.json'}: completions without a grade: {reasons}", file=sys.stderr)
+        warn(f"{out / 'judge.json'}: completions without a grade: {reasons}")
     if judge.error is not None:
         raise judge.error
-    if complaint is not None:
-        raise InputError(complaint)
+    if incomplete is not None:
+        raise InputError(incomplete)
 
 
 def _print_grades(summary: dict[str, Any]) -> None:
@@ -124,8 +124,7 @@ def _print_grades(summary: dict[str, Any]) -> None:
         total = graded["total"]["mean"]
         print(f"{scrub(name, 60):<24} {'-' if total is None else f'{total:.2f}':>6}   {shown}")
     if summary["calibration"] is not None:
-        found = summary["calibration"]
-        print(f"difference from the paper's judge on {found['items']} texts: {found['mean_difference']:+.2f} per grade")
+        print_calibration(summary["calibration"]["items"], summary["calibration"]["mean_difference"])
 
 
 def _print_flags(summary: dict[str, Any], out: Path) -> None:
@@ -133,6 +132,6 @@ def _print_flags(summary: dict[str, Any], out: Path) -> None:
 
     for one in summary["flagged"][:SHOWN_FLAGS]:
         item = shown_item(one["item_id"], one["model"])
-        print(f"nanovlm: {item} mentions grades or instructions ({scrub(one['flagged'], 80)})", file=sys.stderr)
+        warn(f"{item} mentions grades or instructions ({scrub(one['flagged'], 80)})")
     if len(summary["flagged"]) > SHOWN_FLAGS:
-        print(f"nanovlm: {out / 'judge.json'}: {len(summary['flagged'])} texts are flagged in all", file=sys.stderr)
+        warn(f"{out / 'judge.json'}: {len(summary['flagged'])} texts are flagged in all")

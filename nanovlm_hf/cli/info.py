@@ -13,11 +13,11 @@ def info(
     ],
 ) -> None:
     """Print the shape and the number of parameters of each part of a model (Table 2 of the paper)."""
-    from .. import completion
     from ..configuration_nanovlm import NanoVLMConfig
+    from ..loading import load_config
     from ..paper_nanovlm import PRESETS, projector_widths
 
-    config = NanoVLMConfig.from_preset(model) if model in PRESETS else completion.load_config(model)
+    config = NanoVLMConfig.from_preset(model) if model in PRESETS else load_config(model)
     counts = config.parameter_counts()
     vision, text = config.vision_config, config.text_config
     shapes = {

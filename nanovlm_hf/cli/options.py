@@ -24,7 +24,7 @@ def for_each_variant(field: str) -> str:
 
 def _finite(context: typer.Context, option: typer.CallbackParam, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
-        raise UsageError(f"{option.opts[0]} {value}: it must be a finite number")
+        raise UsageError(f"{option.opts[0]} {value}: must be a finite number")
     return value
 
 

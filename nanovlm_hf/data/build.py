@@ -144,7 +144,7 @@ class Builder:
         busy = f"{self.out}: another build is using this folder: wait for it or name another folder"
         with locked(self.out / f".{self.shard_index:04d}.lock", busy), named_disk_errors(self.out):
             if (self.out / "README.md").exists():
-                raise InputError(f"{self.out}: there is a dataset already: name another folder or remove it")
+                raise InputError(f"{self.out}: already contains a dataset: name another folder or remove it")
             self._check_images(records)
             summary, files = self._write_parts(records, texts)
             self._remove_stale(files)

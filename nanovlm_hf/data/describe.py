@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chat.answers import all_thinking
-from ..chat.prices import BATCH_DISCOUNT, Price, estimate_tokens
+from ..chat.journal import request_key
+from ..chat.prices import Price, cost_estimate, estimate_tokens
 from ..chat.replies import ChatRequest, ReplyStore, fingerprint_of
 from ..chat.untrusted import data_note, delimited
 from ..errors import InputError, Interrupt
-from ..files import atomic_write, read_text
+from ..files import atomic_write, json_line, read_text, write_json
 from ..variants import VARIANTS, LengthRange
 from . import quality
 from .report import DescriptionReport
@@ -177,7 +177,7 @@ class Describer:
         ]
 
     def _next_key(self, item: Item) -> str:
-        return f"{item.fingerprint}-{item.tried + 1}"
+        return request_key(item.fingerprint, item.tried + 1)
 
     def request(self, item: Item) -> ChatRequest:
         """Return the next request for an item."""
@@ -191,7 +191,7 @@ class Describer:
 
     def _reply(self, item: Item, attempt: int) -> dict[str, Any] | None:
         if self.given is None:
-            return self.store.get(f"{item.fingerprint}-{attempt}")
+            return self.store.get(request_key(item.fingerprint, attempt))
         text = self.given.get(item.image.image_id, {}).get(item.variant)
         return {"text": text, "finish_reason": None, "refusal": None} if text and attempt == 1 else None
 
@@ -253,7 +253,7 @@ class Describer:
             failures = self.apply_gates()
         return failures
 
-    def complaint(self, out: Path) -> str | None:
+    def incomplete_reason(self, out: Path) -> str | None:
         """Return why another run may accept more texts, or why there is none; None if neither is the case."""
         if self.stopped:
             return f"{self.stopped}: run again with a higher limit to resume"
@@ -265,24 +265,11 @@ class Describer:
         return f"{out / 'rejected.jsonl'}: no description was accepted: {hint}"
 
     def estimate(self, price: Price | None, batch: bool) -> dict[str, Any]:
-        """Estimate the costs of one request for each missing text.
-
-        Returns:
-            `calls`, `prompt_tokens`, `completion_tokens` and `cost` in US dollars (None without a price).
-        """
+        """Estimate the cost of one request for each missing text, as `cost_estimate` returns it."""
         missing = self.missing()
         prompt_tokens = sum(estimate_tokens(self._messages(item.image, item.variant)) for item in missing)
         words = sum(sum(VARIANTS[item.variant].requested.words) / 2 for item in missing)
-        completion_tokens = words * TOKENS_PER_WORD
-        cost = None
-        if price is not None:
-            cost = price.cost(prompt_tokens, completion_tokens) * (BATCH_DISCOUNT if batch else 1.0)
-        return {
-            "calls": len(missing),
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": round(completion_tokens),
-            "cost": cost,
-        }
+        return cost_estimate(len(missing), prompt_tokens, words * TOKENS_PER_WORD, price, batch)
 
     def write(self, out: Path, failures: Counter[tuple[str, str]]) -> dict[str, Any]:
         """Write `descriptions.jsonl`, `rejected.jsonl` and `report.json` atomically.
@@ -303,10 +290,10 @@ class Describer:
                     else:
                         line = self._rejection(item, text)
                         report.reject(item.variant, line["reasons"])
-                        bad.write(_json_line(line))
+                        bad.write(json_line(line))
                 origin = "captions" if self.given is None else self.given.get(image_id, {}).get(WRITTEN_FROM)
                 if texts:
-                    good.write(_json_line({"image_id": image_id} | texts | ({WRITTEN_FROM: origin} if origin else {})))
+                    good.write(json_line({"image_id": image_id} | texts | ({WRITTEN_FROM: origin} if origin else {})))
         settings = self.settings
         content = {
             "model": settings.model,
@@ -318,8 +305,7 @@ class Describer:
         }
         if self.store is not None:
             content["tokens"] = {"prompt": self.store.prompt_tokens, "completion": self.store.completion_tokens}
-        with atomic_write(out / "report.json") as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_json(out / "report.json", content)
         return content
 
     def _rejection(self, item: Item, text: str | None) -> dict[str, Any]:
@@ -339,7 +325,3 @@ class Describer:
             reasons.append("no_text" if self.given is not None else "not_asked")
         line["reasons"] = reasons
         return line if item.tried == 0 else line | {"attempts": item.tried, "text": text}
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -233,7 +233,7 @@ class _Ingest:
 
     def _download(self, record: ImageRecord, stem: str) -> str:
         if not record.coco_url:
-            raise InputError(f"{scrub(record.file_name, 120)}: no http address in coco_url")
+            raise InputError(f"{scrub(record.file_name, 120)}: coco_url is not an HTTP address")
         if not hasattr(self.thread, "downloader"):
             self.thread.downloader = Downloader(self.allow_private)
         partial = self.images / f"{stem}.download.partial"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def checked(row: dict[str, Any], dataset: str, texts: Iterable[str] = ("descript
     row["image_id"] = whole_number(row.get("image_id"), f"{dataset}: 'image_id'")
     for name in texts:
         if not isinstance(row.get(name), str):
-            raise InputError(f"{dataset}: image_id {row['image_id']}: {name!r} must be a text")
+            raise InputError(f"{dataset}: image_id {row['image_id']}: {name!r} must be a string")
     return row
 
 
@@ -106,7 +106,7 @@ def check_columns(rows: Any, where: str, needed: Iterable[str]) -> None:
             )
             raise InputError(f"{where}: it has no column {name!r}: {remedy}")
     with readable(where):
-        for name, (kind, fits) in _KINDS.items():
+        for name, (kind, fits) in COLUMN_TYPES.items():
             if name not in rows.column_names:
                 continue
             column = rows.data.column(name)
@@ -116,7 +116,7 @@ def check_columns(rows: Any, where: str, needed: Iterable[str]) -> None:
             if name == "captions" and column.null_count == len(column):
                 continue  # the card lists a column that the files do not have
             if column.null_count or (name == "captions" and pc.list_flatten(column).null_count):
-                raise InputError(f"{where}: its column {name!r} has a row without {kind}")
+                raise InputError(f"{where}: its column {name!r} has missing values")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -127,10 +127,11 @@ def _is_texts(kind: pa.DataType) -> bool:
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type)
 
 
-_KINDS = {
+# Columns of a dataset by name: what they hold, and whether an Arrow type is of that kind.
+COLUMN_TYPES: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "image_id": ("whole numbers", pa.types.is_integer),
-    "description": ("texts", _is_text),
-    "captions": ("lists of texts", _is_texts),
+    "description": ("strings", _is_text),
+    "captions": ("lists of strings", _is_texts),
 }
 
 

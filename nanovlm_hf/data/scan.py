@@ -14,15 +14,13 @@ import pyarrow.parquet as pq
 from ..errors import InputError, first_line
 from ..variants import VARIANTS
 from .parquet import ROWS_PER_GROUP
+from .rows import COLUMN_TYPES
 from .sources import WRITTEN_FROM
 from .splits import SPLITS
 from .statistics import MOST_COMMON, TextStatistics
 
 _ONE_BUILD = "the folder must hold the files of one build alone"
-_COLUMNS = {
-    "image_id": ("whole numbers", pa.types.is_integer),
-    "description": ("texts", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
-}
+_COLUMNS = {name: COLUMN_TYPES[name] for name in ("image_id", "description")}
 
 
 @dataclass

@@ -239,11 +239,11 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(row.get(name), str):
-        raise InputError(f"{where}: '{name}' must be a text, not {_kind(row.get(name))}")
+        raise InputError(f"{where}: '{name}' must be a string, not {_kind(row.get(name))}")
     return row[name]
 
 
 def _kind(value: Any) -> str:
     """Return JSON's name for the type of a value."""
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a text"}
+    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     return kinds.get(type(value)) or ("a list" if isinstance(value, list) else "an object")

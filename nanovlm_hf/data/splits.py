@@ -10,7 +10,7 @@ VALIDATION_SHARE = 0.10
 SPLITS = ("train", "validation", "test")
 
 
-def hash_of(image_id: int) -> float:
+def split_position(image_id: int) -> float:
     """Return a number in [0, 1) that depends on the id alone. The paper's 25 test samples are those with the lowest."""
     digest = hashlib.sha256(str(image_id).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -22,12 +22,12 @@ def lowest_hashes(image_ids: Sequence[int], count: int | None = None) -> list[in
     Args:
         count: number of indices; all if None.
     """
-    return sorted(range(len(image_ids)), key=[hash_of(image_id) for image_id in image_ids].__getitem__)[:count]
+    return sorted(range(len(image_ids)), key=[split_position(image_id) for image_id in image_ids].__getitem__)[:count]
 
 
 def split_of(image_id: int) -> str:
     """Return `test` (1%), `validation` (10%, as in section 2.1.1) or `train`."""
-    position = hash_of(image_id)
+    position = split_position(image_id)
     if position < TEST_SHARE:
         return "test"
     return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"

@@ -16,7 +16,7 @@ from pydantic import Field, FiniteFloat
 
 from ..devices import peak_memory_mib
 from ..errors import InputError, first_line, scrub
-from ..files import atomic_write, read_json, read_jsonl, validate
+from ..files import json_line, read_json, read_jsonl, validate, write_json
 from .fingerprints import processor_hash, weights_hash
 from .generators import Generator, public_name
 from .items import Item, fingerprint
@@ -84,7 +84,7 @@ def complete_items(
         for item in items:
             if item.item_id not in done:
                 done[item.item_id] = _complete(generator, name, item)
-                file.write(json.dumps(asdict(done[item.item_id]), ensure_ascii=False) + "\n")
+                file.write(json_line(asdict(done[item.item_id])))
                 file.flush()
     rows = [done[item.item_id] for item in items]
     speed = _speed(rows)
@@ -106,7 +106,7 @@ def _about_before(path: Path, about_path: Path, about: dict[str, Any]) -> dict[s
         raise InputError(f"{about_path}: not a file of `nanovlm evaluate`: remove it and {path.name}")
     for field, value in about.items():
         if before.get(field) != value:
-            raise InputError(f"{path}: these completions have other {field}: remove the file, or choose another --out")
+            raise InputError(f"{path}: these completions differ in {field}: remove the file, or choose another --out")
     return before
 
 
@@ -122,7 +122,9 @@ def _rows_before(path: Path, name: str, items: list[Item]) -> dict[str, Row]:
             or not measured
             or (row.model, row.prefix, row.reference) != (name, item.prefix, item.reference)
         ):
-            raise InputError(f"{path}: item {scrub(row.item_id, 40)} is not of this evaluation: remove the file")
+            raise InputError(
+                f"{path}: item {scrub(row.item_id, 40)} does not belong to this evaluation: remove the file"
+            )
         done[row.item_id] = row
     return done
 
@@ -160,12 +162,6 @@ def _speed(rows: list[Row]) -> dict[str, float]:
 def _memory_of(about: dict[str, Any]) -> int | None:
     memory = about.get("memory_mib")
     return memory if isinstance(memory, int) and not isinstance(memory, bool) and 0 <= memory < 2**40 else None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def read_rows(path: Path, own: bool = False) -> list[Row]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..completion import load_model
 from ..data.splits import lowest_hashes
-from ..errors import InputError
-from ..training.cli_errors import one_line_errors
+from ..errors import InputError, one_line_errors
+from ..loading import load_model
 from ..variants import VARIANTS
 from .coherence import repeats
 from .items import load_rows, open_image
@@ -81,10 +80,10 @@ def main() -> None:
     parser.add_argument("model", help="short name or directory of a checkpoint")
     parser.add_argument("--dataset", required=True, help="directory or Hub id of a dataset")
     parser.add_argument("--variant", choices=VARIANTS, default="short")
-    parser.add_argument("--photos", type=positive, default=256, help="number of images")
+    parser.add_argument("--images", "--photos", type=positive, default=256, help="number of images")
     arguments = parser.parse_args()
     with one_line_errors("decoding"):
-        compare(arguments.model, arguments.dataset, arguments.variant, arguments.photos)
+        compare(arguments.model, arguments.dataset, arguments.variant, arguments.images)
 
 
 if __name__ == "__main__":

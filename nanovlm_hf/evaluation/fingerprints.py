@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import distractors, grounding
+from . import foils, grounding
 from .assets import read_word_list
 from .generators import INSTRUCTION, Chat, Generator
 
@@ -23,7 +23,7 @@ _NOISE = frozenset(
 )
 
 
-def hash_of(parts: Iterable[bytes]) -> str:
+def digest_of(parts: Iterable[bytes]) -> str:
     """Return a hash of 64 bits, in hexadecimal; each part is hashed with its length, so the boundaries count."""
     digest = hashlib.sha256()
     for part in parts:
@@ -35,7 +35,7 @@ def hash_of(parts: Iterable[bytes]) -> str:
 def weights_hash(model: nn.Module) -> str:
     """Return the hash of all parameters and buffers in order, which is the same on every machine."""
     tensors = [*model.parameters(), *model.buffers()]
-    return hash_of(part for tensor in tensors for part in _parts_of(tensor))
+    return digest_of(part for tensor in tensors for part in _parts_of(tensor))
 
 
 def _parts_of(tensor: torch.Tensor) -> tuple[bytes, bytes]:
@@ -54,7 +54,7 @@ def processor_hash(generator: Generator) -> str:
             generator.processor.save_pretrained(name)
             for path in sorted(one for one in Path(name).rglob("*") if one.is_file()):
                 parts += [path.relative_to(name).as_posix(), _content(path)]
-    return hash_of(part.encode() for part in parts)
+    return digest_of(part.encode() for part in parts)
 
 
 def _content(path: Path) -> str:
@@ -77,7 +77,7 @@ def rows_hash(rows: Any, captions: list[list[str]]) -> str:
             yield json.dumps([row["image_id"], row["description"], own], ensure_ascii=True).encode()
             yield row["image"]["bytes"] or b""
 
-    return hash_of(parts())
+    return digest_of(parts())
 
 
 def measure_hash() -> str:
@@ -85,9 +85,9 @@ def measure_hash() -> str:
     constants = [
         grounding.MEASURES,
         sorted(grounding.GROUPS.items()),
-        distractors.COLOURS,
-        distractors.COUNTS,
-        distractors.COMMON,
+        foils.COLOURS,
+        foils.COUNTS,
+        foils.COMMON,
     ]
     words = [read_word_list(name) for name in ("synonyms.txt", "not_objects.txt")]
-    return hash_of(json.dumps(part).encode() for part in (constants, words))
+    return digest_of(json.dumps(part).encode() for part in (constants, words))

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ..checkpoints import NAMES
-from ..completion import DEFAULT_NEW_TOKENS, finite_logits
+from ..completion import finite_logits
+from ..completion_files import DEFAULT_NEW_TOKENS
 from ..configuration_nanovlm import NanoVLMConfig
 from ..devices import default_device
 from ..errors import InputError, first_line
@@ -99,7 +100,7 @@ class NanoVLM(Generator):
 
     def __init__(self, name: str, model: Any, processor: NanoVLMProcessor, max_new_tokens: int = DEFAULT_NEW_TOKENS):
         super().__init__(name, model, processor, max_new_tokens)
-        del self.settings["num_beams"]  # as it ships
+        del self.settings["num_beams"]  # use the checkpoint's own
         self.settings["suppress_tokens"] = [model.config.image_token_id]
 
     def complete(self, image: Image.Image, prefix: str) -> Generated:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, create_model
 
 from ..errors import InputError, first_line, scrub
-from ..files import parse_json, read_text, validate
+from ..files import parse_jsonl, read_text, validate
 from . import judge
 from .judge import HIGHEST, Grade
 from .sheets import CLAIMS, Key
@@ -30,7 +30,7 @@ class Graded:
     """The grades of a file.
 
     Attributes:
-        kind: `text` for the five criteria, `claims` for the picture-aware grade.
+        kind: `text` for the five criteria, `claims` for claim grades, for which the grader sees the image.
         scores: grades of each graded item of the sheet, by criterion.
     """
 
@@ -52,8 +52,8 @@ def read_graded(path: Path, key: Key) -> Graded:
         key: of the sheet that was graded.
 
     Raises:
-        InputError: with the line, the field and the remedy: for a grade that is no number or out of range, an item
-            that is graded twice, in part, or is not of the sheet; and for a file that cannot be read.
+        InputError: with the line, the field and the remedy, if a grade is not a number or out of range, or an item is
+            graded twice, only in part, or not on the sheet; and if the file cannot be read.
     """
     text = read_text(path, MAX_BYTES)
     is_json = text.lstrip().startswith(("{", "["))
@@ -75,7 +75,7 @@ def read_graded(path: Path, key: Key) -> Graded:
         item = values.pop("item").strip()
         shown = scrub(item, 40)
         if item not in allowed or (kind == "claims" and not allowed[item].image):
-            raise InputError(f"{where}: item: {shown!r} is not of this sheet: use the key that was written with it")
+            raise InputError(f"{where}: item: {shown!r} is not on this sheet: use the key that was written with it")
         if item in first:
             raise InputError(f"{where}: item: {shown} is on line {first[item]} too: remove one of them")
         first[item] = number
@@ -92,7 +92,7 @@ def read_graded(path: Path, key: Key) -> Graded:
 def _kind(where: str, content: dict[str, Any]) -> Kind:
     text, claims = (any(name in content for name in fields_of(kind)) for kind in ("text", "claims"))
     if text == claims:
-        raise InputError(f"{where}: it must have either {', '.join(judge.CRITERIA)}, or {' and '.join(CLAIMS)}")
+        raise InputError(f"{where}: must have either {', '.join(judge.CRITERIA)}, or {' and '.join(CLAIMS)}")
     return "text" if text else "claims"
 
 
@@ -108,13 +108,11 @@ def _remedy(kind: Kind) -> str:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            content = parse_json(line, where)
-            if not isinstance(content, dict):
-                raise InputError(f"{where}: not a JSON object: write one object with `item` on each line")
-            yield number, _by_name(where, list(content.items()))
+    for number, content in parse_jsonl(text, path):
+        where = f"{path}: line {number}"
+        if not isinstance(content, dict):
+            raise InputError(f"{where}: not a JSON object: write one object with `item` on each line")
+        yield number, _by_name(where, list(content.items()))
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

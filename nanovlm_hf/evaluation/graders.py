@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, model_validator
 
 from ..errors import scrub
-from ..files import read_json, validate
+from ..files import read_json, validate, write_json
 from .calibration import calibration, paper_outputs, printed_scores
-from .completions import read_rows, write_json
+from .completions import read_rows
 from .grade_files import Graded, Kind, fields_of
 from .human import krippendorff_alpha
 from .intervals import bootstrap
@@ -26,7 +26,9 @@ TOTAL, SHARE = "total", "right"
 
 def _checked_name(name: str) -> str:
     if name != name.strip() or scrub(name, MAX_NAME) != name:
-        raise ValueError(f"a name has 1 to {MAX_NAME} printable characters in one line, and is no key or token")
+        raise ValueError(
+            f"must be 1 to {MAX_NAME} printable characters on one line and must not look like an API key or token"
+        )
     return name
 
 
@@ -102,9 +104,9 @@ class GraderRecord(BaseModel):
         names = set(fields_of(self.kind))
         means = names | {TOTAL if self.kind == "text" else SHARE}
         if any(set(one.scores) != means for one in self.models):
-            raise ValueError(f"models have other grades than {', '.join(sorted(means))}")
+            raise ValueError(f"the grades of models must be {', '.join(sorted(means))}")
         if any(line.scores is not None and set(line.scores) != names for line in self.lines):
-            raise ValueError(f"lines have other grades than {', '.join(sorted(names))}")
+            raise ValueError(f"the grades of lines must be {', '.join(sorted(names))}")
         return self
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .distractors import distractors_of
+from .foils import foils_of
 from .intervals import bootstrap
 from .likelihood import Likelihood
 
@@ -146,7 +146,7 @@ def foil_accuracy(
         By kind: the three measures, with intervals over images; a kind without foils has 0 items.
     """
     measured = {}
-    for kind, foils in distractors_of(texts, captions).items():
+    for kind, foils in foils_of(texts, captions).items():
         rows = np.array(sorted(foils), dtype=np.int64)
         if not len(rows):
             measured[kind] = {name: bootstrap([]) for name in ("accuracy", "wrong_photo", "photo_helps")}

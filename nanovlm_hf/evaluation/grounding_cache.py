@@ -11,9 +11,8 @@ from PIL import Image
 
 from ..data.splits import lowest_hashes
 from ..errors import InputError
-from ..files import read_json
-from .completions import write_json
-from .fingerprints import hash_of, measure_hash, rows_hash
+from ..files import read_json, write_json
+from .fingerprints import digest_of, measure_hash, rows_hash
 from .generators import NanoVLM
 from .grounding import measure_grounding
 from .items import captions_of, load_rows, usable_rows
@@ -36,7 +35,7 @@ def cached_grounding(
         InputError: for a dataset that cannot be used.
     """
     rows = load_rows(settings.dataset, settings.variant, "validation", settings.written_from)
-    rows = rows.select(lowest_hashes(rows["image_id"], settings.grounding_photos))
+    rows = rows.select(lowest_hashes(rows["image_id"], settings.grounding_images))
     captions = [captions_of(row) for row in rows.remove_columns("image")]
     identity = {
         "weights": about["weights"],
@@ -67,7 +66,7 @@ def _usable_images(rows: Any, settings: EvaluationSettings, used: list[dict[str,
         used.append({column: value for column, value in row.items() if column != "image"})
         yield image
     if len(used) < 2:
-        raise InputError(f"{where}: grounding needs two images: skip it with --grounding-photos 0")
+        raise InputError(f"{where}: grounding needs two images: skip it with --grounding-images 0")
 
 
 def _read_cached(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
@@ -83,4 +82,4 @@ def _read_cached(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _digest(measured: dict[str, Any]) -> str:
-    return hash_of([json.dumps(measured, sort_keys=True).encode()])
+    return digest_of([json.dumps(measured, sort_keys=True).encode()])

@@ -15,7 +15,7 @@ from PIL import Image
 from ..completion_files import find_images
 from ..data.rows import check_columns, image_bytes, image_name, load, readable
 from ..data.sources import WRITTEN_FROM, whole_number
-from ..data.splits import hash_of
+from ..data.splits import split_position
 from ..errors import InputError, scrub, warn
 from ..files import read_text
 from ..images import open_image_file
@@ -153,7 +153,7 @@ def items_of_dataset(
     rows = load_rows(dataset, variant, split, written_from)
     indices = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     if ids is None:
-        ids = sorted(indices, key=hash_of)[:limit]
+        ids = sorted(indices, key=split_position)[:limit]
     missing = [image_id for image_id in ids if image_id not in indices]
     if missing:
         raise InputError(f"--items: image {missing[0]} is not in the {split} split of {dataset} ({variant})")
@@ -195,20 +195,20 @@ def items_of_folder(folder: Path, prefix: str, limit: int | None = None) -> list
     if not folder.is_dir():
         raise InputError(f"--images {folder}: not a folder")
     found = find_images([folder])
-    for photo in found:
-        if photo.error is not None:
-            raise InputError(f"--images {photo.error}")
+    for file in found:
+        if file.error is not None:
+            raise InputError(f"--images {file.error}")
     items: list[Item] = []
-    for photo in found:
+    for file in found:
         if limit is not None and len(items) == limit:
             break
         try:
-            image = open_image_file(photo.path)
+            image = open_image_file(file.path)
         except InputError as error:
             warn(f"--images {error}")
             continue
         # The report, which shows the name, is UTF-8.
-        items.append(Item(os.fsencode(photo.path.name).decode("utf-8", "backslashreplace"), image, prefix))
+        items.append(Item(os.fsencode(file.path.name).decode("utf-8", "backslashreplace"), image, prefix))
     if not items:
         raise InputError(f"--images {folder}: none of its images can be opened")
     return items

@@ -18,7 +18,8 @@ from PIL import Image
 from pydantic import Field
 
 from ..chat.answers import all_thinking
-from ..chat.prices import BATCH_DISCOUNT, Price, estimate_tokens
+from ..chat.journal import request_key
+from ..chat.prices import Price, cost_estimate, estimate_tokens
 from ..chat.replies import ChatRequest, ReplyStore, fingerprint_of
 from ..chat.untrusted import data_note, delimited, instruction_in
 from ..data_uri import data_uri
@@ -106,7 +107,7 @@ class _Grading:
 
 
 def _next_key(grading: _Grading) -> str:
-    return f"{grading.fingerprint}-{grading.tried + 1}"
+    return request_key(grading.fingerprint, grading.tried + 1)
 
 
 class Judge:
@@ -220,7 +221,7 @@ class Judge:
             self.error = error
             self.read()
 
-    def complaint(self) -> str | None:
+    def incomplete_reason(self) -> str | None:
         """Return why grades are missing that another run may get, or why there are none at all; otherwise None."""
         if self.stopped:
             return f"{self.stopped}: raise it and run again to resume"
@@ -237,19 +238,11 @@ class Judge:
         return dict(Counter(line["missing"] for line in self.lines() if line["scores"] is None).most_common())
 
     def estimate(self, price: Price | None, batch: bool = False) -> dict[str, Any]:
-        """Return calls, tokens and US dollars of requesting the missing grades once, estimated from their bytes."""
+        """Estimate the cost of requesting the missing grades once, as `cost_estimate` returns it."""
         self.read()
         missing = self.missing()
         prompt_tokens = sum(estimate_tokens(self._messages(grading.row)) for grading in missing)
-        completion_tokens = COMPLETION_TOKENS * len(missing)
-        share = BATCH_DISCOUNT if batch else 1.0
-        cost = None if price is None else share * price.cost(prompt_tokens, completion_tokens)
-        return {
-            "calls": len(missing),
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "cost": cost,
-        }
+        return cost_estimate(len(missing), prompt_tokens, COMPLETION_TOKENS * len(missing), price, batch)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return each completion with its mean grades over the repeats.
@@ -285,7 +278,7 @@ class Judge:
                 "total": bootstrap([line["total"] for line in graded]),
                 "missing": sum(line["model"] == model for line in lines) - len(graded),
             }
-        replies = [self.store.get(f"{one.fingerprint}-{one.tried}") for one in self.gradings if one.tried]
+        replies = [self.store.get(request_key(one.fingerprint, one.tried)) for one in self.gradings if one.tried]
         return {
             "judge": self.settings.model,
             "judge_model": sorted({reply["model"] for reply in replies if reply["model"]}),

@@ -19,18 +19,18 @@ def judge_sets(settings: EvaluationSettings, sets: list[ItemSet], results: dict[
         The error that ended the requests, or one that says why grades are missing; None if there is neither.
     """
     error: BaseException | None = None
-    complaint: str | None = None
+    incomplete: str | None = None
     with ReplyStore(settings.out / "judge") as store:
         for one in sets:
             rows = [row for own in one.rows.values() for row in own]
-            images = {item.item_id: item.image for item in one.items} if settings.judge_sees_photo else None
+            images = {item.item_id: item.image for item in one.items} if settings.judge_sees_image else None
             judge = Judge(rows, settings.judge, store, images)
             if error is None:
                 judge.run(make_request_fn(settings.endpoint, store))
             else:
                 judge.read()  # no more requests, but the replies of earlier runs still count
-            error, complaint = error or judge.error, complaint or judge.complaint()
+            error, incomplete = error or judge.error, incomplete or judge.incomplete_reason()
             lines = judge.lines()
             if error is None or any(line["graded"] for line in lines):
                 results["sets"][one.name]["judge"] = judge.summary() | {"lines": lines}
-    return error or (None if complaint is None else InputError(complaint))
+    return error or (None if incomplete is None else InputError(incomplete))

@@ -12,7 +12,7 @@ from .intervals import interval
 from .judge import HIGHEST
 
 SET_TITLES = {"in_domain": "In-domain", "out_of_domain": "Out-of-domain"}
-DISTRACTOR_KINDS = ("colour", "object", "count")
+FOIL_KINDS = ("colour", "object", "count")
 
 
 @dataclass
@@ -39,7 +39,7 @@ def report_tables(results: dict[str, Any]) -> list[Table]:
             variant = results["settings"]["variant"] if name == "in_domain" else None
             tables += [judge_table(one["judge"], variant, suffix), flagged_table(one["judge"]["flagged"], suffix)]
         tables += [_coherence_table(one, suffix), _originality_table(one, suffix)]
-    tables += [_grounding_table(results["grounding"]), _distractors_table(results["grounding"])]
+    tables += [_grounding_table(results["grounding"]), _foils_table(results["grounding"])]
     tables.append(_speed_table(results["sets"]["in_domain"]))
     return [table for table in tables if table.rows]
 
@@ -197,19 +197,19 @@ def _grounding_table(grounding: dict[str, Any]) -> Table:
     return Table("Grounding", note, header, rows)
 
 
-def _distractors_table(grounding: dict[str, Any]) -> Table:
+def _foils_table(grounding: dict[str, Any]) -> Table:
     measures = ("accuracy", "wrong_photo", "photo_helps")
     rows = []
     for name, one in grounding.items():
-        cells = (one["foils"][kind][measure] for kind in DISTRACTOR_KINDS for measure in measures)
+        cells = (one["foils"][kind][measure] for kind in FOIL_KINDS for measure in measures)
         rows.append([name, *(interval(cell, percent=True) for cell in cells)])
     note = (
         "How often the true description is more likely than the same text with a colour, an object or a count swapped; "
         "the same with a mismatched image, which shows what the language alone prefers; and how often the advantage of "
         "the true text is larger with the matching image than with the mismatched one (50% by chance)."
     )
-    header = ["model", *(text for kind in DISTRACTOR_KINDS for text in (kind, "mismatched image", "image helps"))]
-    return Table("Distractors", note, header, rows)
+    header = ["model", *(text for kind in FOIL_KINDS for text in (kind, "mismatched image", "image helps"))]
+    return Table("Foils", note, header, rows)
 
 
 def _speed_table(one: dict[str, Any]) -> Table:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, Interrupt
-from ..files import locked
-from .completions import complete_items, write_json
+from ..files import locked, write_json
+from .completions import complete_items
 from .generators import NanoVLM, load_generator, public_name, short_name
 from .graders import read_records
 from .grounding_cache import cached_grounding
@@ -109,7 +109,7 @@ def _complete_and_ground(
     for one in sets:
         say(f"{name}: {len(one.items)} completions, {one.name.replace('_', ' ')}")
         one.rows[name], one.about[name] = complete_items(generator, name, one.items, one.folder)
-    if settings.grounding_photos and isinstance(generator, NanoVLM):
+    if settings.grounding_images and isinstance(generator, NanoVLM):
         say(f"{name}: grounding")
         grounding[name] = cached_grounding(generator, name, settings, sets[0].about[name])
 

@@ -10,6 +10,8 @@ from ..chat.endpoint import Endpoint
 from .judge import JudgeSettings
 
 _NOT_PUBLISHED = frozenset(("judge", "endpoint", "out", "models"))
+# Settings that were renamed; reports keep the old names, which their readers know.
+_NAMES_IN_REPORTS = {"grounding_images": "grounding_photos", "judge_sees_image": "judge_sees_photo"}
 
 
 @dataclass
@@ -29,10 +31,10 @@ class EvaluationSettings:
         images: folder of out-of-domain images.
         prefix: first words of the texts about `images`.
         max_new_tokens: maximum length of a completion.
-        grounding_photos: number of validation images to measure grounding on; 0 skips it.
+        grounding_images: number of validation images to measure grounding on; 0 skips it.
         judge: settings of the LLM judge; None skips it.
         endpoint: where the judge is reached.
-        judge_sees_photo: whether the judge is shown the images (beyond the paper).
+        judge_sees_image: whether the judge is shown the images (beyond the paper).
     """
 
     models: list[str]
@@ -47,16 +49,18 @@ class EvaluationSettings:
     images: Path | None = None
     prefix: str = ""
     max_new_tokens: int = 96
-    grounding_photos: int = 1000
+    grounding_images: int = 1000
     judge: JudgeSettings | None = None
     endpoint: Endpoint | None = None
-    judge_sees_photo: bool = False
+    judge_sees_image: bool = False
 
 
 def published_settings(settings: EvaluationSettings) -> dict[str, Any]:
     """Return the settings that a report states: names of folders, without their paths."""
     published = {name: value for name, value in asdict(settings).items() if name not in _NOT_PUBLISHED}
     published["dataset"] = _folder_name(settings.dataset)
+    for name, old in _NAMES_IN_REPORTS.items():
+        published[old] = published.pop(name)
     published["images"] = settings.images and _folder_name(settings.images)
     return published
 

@@ -16,10 +16,10 @@ from pydantic import BaseModel, Field
 
 from ..chat.untrusted import instruction_in
 from ..errors import InputError, UsageError, completion_line
-from ..files import atomic_write, read_json, validate
+from ..files import atomic_write, json_line, read_json, validate, write_json
 from . import judge
 from .calibration import paper_outputs
-from .completions import Row, read_rows, shown_item, write_json
+from .completions import Row, read_rows, shown_item
 from .judge import HIGHEST, paper_prompt
 from .templates import render
 
@@ -73,7 +73,7 @@ def write_grading_sheet(
 
     Args:
         rows: completions of one or several models.
-        images: images by item id, for the picture-aware grade.
+        images: images by item id, for the claim grades, for which the grader sees the image.
         out: folder to make.
         calibration: mix in the reference descriptions and the outputs that the paper prints.
         seed: of the order; the same texts and seed write the same files.
@@ -163,7 +163,7 @@ def _write_form(path: Path, lines: list[dict[str, Any]], shown: Sequence[str], t
     with atomic_write(path.with_suffix(".jsonl")) as file:
         for line in lines:
             filled = {name: line[name] for name in shown} | dict.fromkeys(to_fill)
-            file.write(json.dumps(filled, ensure_ascii=False) + "\n")
+            file.write(json_line(filled))
     with atomic_write(path.with_suffix(".csv")) as file:
         file.write("\ufeff")
         writer = csv.writer(file, lineterminator="\n")

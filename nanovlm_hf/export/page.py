@@ -24,7 +24,7 @@ from ..configuration_nanovlm import NanoVLMConfig
 from ..files import link_or_copy
 from ..variants import VARIANTS
 
-MODELS = tuple(f"mini-{variant}" for variant in VARIANTS)
+MODELS = tuple(name for variant in VARIANTS if (name := f"mini-{variant}") in SHIPPED)
 DTYPE = "fp16"
 EXPORTED_FROM = ("config.json", "generation_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -50,7 +50,7 @@ def reason_of(error: BaseException) -> str:
     if status == 401:
         return "the Hub does not accept the token (401): run `hf auth login`"
     if status == 403:
-        return "the token may not write there (403): it needs the `write` role in that namespace"
+        return "the token is not allowed to write there (403): it needs the `write` role in that namespace"
     message, token = error.server_message or str(error), get_token()
     # A proxy may repeat the headers of the request.
     message = message.replace(token, "***") if token else message

@@ -165,6 +165,6 @@ def read_card(folder: Path) -> Card:
         names = [name for entry in data_files for name in validate(entry["path"], list[str], path)]
     except (ValueError, TypeError, KeyError):
         remedy = "`nanovlm data card` writes it again"
-        raise InputError(f"{path}: its front matter is not that of `nanovlm data build`: {remedy}") from None
+        raise InputError(f"{path}: its front matter was not written by `nanovlm data build`: {remedy}") from None
     about = re.search(re.escape(ABOUT) + r"\n(.*?)\n" + re.escape(END_OF_ABOUT), parts[2], re.DOTALL)
     return Card(metadata.license, about[1] if about else "", names)

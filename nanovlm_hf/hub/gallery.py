@@ -10,9 +10,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..checkpoints import SHIPPED
-from ..completion import Completion, complete, load_model
-from ..hub_cards.space.app import EXAMPLES
+from ..completion import Completion, complete
+from ..export.page import EXAMPLES
 from ..images import open_image_file
+from ..loading import load_model
 
 LINE_LENGTH = 100  # characters
 IMAGES = 3  # of the demo; with six models, more would make a long figure

@@ -15,18 +15,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import BaseModel
 
 from ..checkpoints import NAMES
-from ..completion import load_config
 from ..configuration_nanovlm import NanoVLMConfig
-from ..errors import InputError
-from ..evaluation.completions import read_rows, write_json
+from ..errors import InputError, one_line_errors
+from ..evaluation.completions import read_rows
 from ..evaluation.graders import GraderRecord, read_records
 from ..evaluation.items import PREFIX_WORDS
 from ..evaluation.report import interval
 from ..evaluation.report_graders import graders_tables
 from ..evaluation.templates import markdown
-from ..files import atomic_write, read_json, validate
+from ..files import atomic_write, read_json, validate, write_json
+from ..loading import load_config
 from ..paper_nanovlm import TABLE_1
-from ..training.cli_errors import one_line_errors
 from ..training.compute import compute_statement, emissions, stages
 from ..training.lineage import command, lineage
 from ..training.run_record import RECORD, Evaluation, VariantName, checkpoint_record, images_per_step
@@ -215,7 +214,7 @@ def add_evaluation(folder: Path, report: Path) -> None:
     if folder.name not in results["models"]:
         raise InputError(f"{report}: results.json has no model {folder.name}: evaluate it")
     if folder.name not in results["grounding"]:
-        raise InputError(f"{report}: grounding was left out: evaluate with --grounding-photos")
+        raise InputError(f"{report}: grounding was left out: evaluate with --grounding-images")
     if folder.name not in results["sets"]["in_domain"]["models"]:
         raise InputError(f"{report}: results.json has no completions of {folder.name}: evaluate it again")
     settings = results["settings"]

@@ -24,9 +24,10 @@ METRICS = {
 REQUIRED = ("eval_loss", "eval_loss_wrong_photo", "grounding_gap")
 EVALUATED = {
     "r_at_1_of_32": ("Retrieval, R@1 of 32 descriptions", ("grounding", "retrieval", "32", "r_at_1", "mean")),
-    "things_precision": ("Object precision", ("in_domain", "mentions", "precision", "mean")),
+    "object_precision": ("Object precision", ("in_domain", "mentions", "precision", "mean")),
     "rouge1_nearest": ("ROUGE-1 to the nearest training text", ("in_domain", "originality", "rouge1_nearest")),
 }
+OLD_NAMES = {"things_precision": "object_precision"}  # of metrics, in cards of older versions
 REMEDY = "write it with `python -m nanovlm_hf.hub.model_card`"
 MAX_METRIC = 1e9  # losses, shares and ROUGE are far below
 MAX_METADATA = 200_000  # characters
@@ -46,20 +47,22 @@ def eval_results(folder: Path) -> list[EvalResult]:
         if value is None and name not in REQUIRED and name not in metrics:
             continue
         if value is None:
-            raise InputError(f"{folder.name}: metrics.json has no number {name}: write the file again")
+            raise InputError(f"{folder.name}: metrics.json: {name} is missing or is not a number: write the file again")
         found.append(("validation", name, title, value))
     if (folder / "evaluation.json").exists():
         evaluation = _read_numbers(folder / "evaluation.json")
         for name, (title, keys) in EVALUATED.items():
             value = _number(evaluation, keys)
             if value is None:
-                raise InputError(f"{folder.name}: evaluation.json has no {'.'.join(keys)}: evaluate it again")
+                raise InputError(
+                    f"{folder.name}: evaluation.json: {'.'.join(keys)} is missing or is not a number: evaluate it again"
+                )
             found.append(("validation" if keys[0] == "grounding" else "test", name, title, value))
     return [
         EvalResult(
             task_type="image-text-to-text",
             dataset_type="nanovlm_hf",
-            dataset_name=f"{split} photos, see the card",
+            dataset_name=f"{split} images, see the card",
             dataset_split=split,
             metric_type=name,
             metric_name=title,
@@ -74,7 +77,7 @@ def _read_numbers(path: Path) -> dict[str, Any]:
     where = f"{path.parent.name}: {path.name}"
     content = validate(read_json(path), dict[str, Any], where)
     if not _is_finite(content):
-        raise InputError(f"{where} has a number that is NaN or infinite: measure again")
+        raise InputError(f"{where} contains a number that is NaN or infinite: measure it again")
     return content
 
 
@@ -109,9 +112,10 @@ def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) 
     results, metrics = eval_results(source), read_json(source / "metrics.json")
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
-        stated = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+        results_in_card = card.data.eval_results or []
+        stated = {OLD_NAMES.get(one.metric_type, one.metric_type): one.metric_value for one in results_in_card}
     except Exception as error:  # huggingface_hub raises many errors, as it expects metadata of the right shape
-        raise InputError(f"{where}: its metadata are not those of a model card ({first_line(error)})") from None
+        raise InputError(f"{where}: its metadata is not that of a model card ({first_line(error)})") from None
     for result in results:
         name, value = result.metric_type, result.metric_value
         if stated.get(name) != value or (name in METRICS and f"| {metrics[name]:.3f}" not in card.text):
@@ -147,6 +151,6 @@ def _check_metadata(text: str, where: str) -> None:
     try:
         aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block[1], Loader=yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{where}: its metadata are not YAML ({first_line(error)})") from None
+        raise InputError(f"{where}: its metadata is not YAML ({first_line(error)})") from None
     if aliases:
-        raise InputError(f"{where}: its metadata contain a YAML alias (*): write out the value")
+        raise InputError(f"{where}: its metadata contains a YAML alias (*): write out the value")

@@ -71,7 +71,7 @@ def _regular(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: not a regular file")
     if path.is_symlink() and not _may_link_to(path.parent.resolve(), target):
-        raise InputError(f"{path}: a link out of this folder: replace it by the file")
+        raise InputError(f"{path}: a link that leads out of this folder: replace it with the file")
     return target
 
 

@@ -38,7 +38,7 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
         InputError: if the checkpoint is incomplete, its card does not state its metrics, or a file holds a secret or
             the path of a home directory.
     """
-    from ..completion import load_model
+    from ..loading import load_model
 
     source = Path(SHIPPED.get(checkpoint, checkpoint))
     if not source.is_dir():

@@ -11,7 +11,9 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from ..completion import DEFAULT_NEW_TOKENS, finite_logits, load_model
+from ..completion import finite_logits
+from ..completion_files import DEFAULT_NEW_TOKENS
+from ..loading import load_model
 
 
 class NanoVLM(lmms):

@@ -14,13 +14,12 @@ import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 
-from ..completion import load_model
 from ..devices import choose_precision, default_device
-from ..errors import InputError
+from ..errors import InputError, one_line_errors
+from ..loading import load_model
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from .arguments import RunArguments, arguments_of
-from .cli_errors import one_line_errors
 from .loss_plots import plot_average
 from .metrics import evaluate
 from .provenance import describe_run

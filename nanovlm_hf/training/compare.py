@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import one_line_errors
 from ..files import atomic_write
-from .cli_errors import one_line_errors
 from .lineage import command, public_record
 from .record import best_metrics
 from .run_directory import RunDirectory

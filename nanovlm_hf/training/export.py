@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..completion import load_model
-from ..errors import InputError
+from ..errors import InputError, one_line_errors
 from ..files import read_text
-from .cli_errors import one_line_errors
+from ..loading import load_model
 from .record import describe_checkpoint
 from .run_directory import RunDirectory
 from .setup import generation_config

@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import InputError
-from ..evaluation.completions import write_json
-from ..files import atomic_write, validate
+from ..files import atomic_write, validate, write_json
 from ..hub.model_card import write_card
 from .lineage import public_record
 from .run_directory import RunDirectory

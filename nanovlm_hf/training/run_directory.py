@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, NonNegativeInt
 
 from ..errors import InputError, first_line, scrub
-from ..files import atomic_write, flush_to_disk, locked, read_jsonl, sync_names, validate
+from ..files import atomic_write, flush_to_disk, json_line, locked, read_jsonl, sync_names, validate
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from .run_record import RECORD, read_record
@@ -116,7 +115,7 @@ class RunDirectory:
         for path, rows in files.items():
             if path.exists():
                 with atomic_write(path) as file:
-                    file.writelines(_encode(row) for row in rows if row["step"] <= step)
+                    file.writelines(json_line(row) for row in rows if row["step"] <= step)
 
     def save_model(self, name: str, model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor) -> None:
         """Save a model and its processor in a subdirectory, for `from_pretrained`.
@@ -200,13 +199,9 @@ def _cannot_write(path: Path, error: OSError | ValueError) -> InputError:
     return InputError(f"output_dir: {scrub(str(path))} cannot be written ({problem}): name another folder")
 
 
-def _encode(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(map(_encode, rows))
+        file.writelines(map(json_line, rows))
 
 
 def _read(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:

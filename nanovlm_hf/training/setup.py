@@ -14,13 +14,13 @@ from datasets import Dataset, DatasetDict, Features, Image
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..checkpoints import SHIPPED
-from ..completion import load_config, load_model
 from ..configuration_nanovlm import PRESETS, NanoVLMConfig
 from ..data.rows import load
 from ..data.splits import lowest_hashes
 from ..errors import InputError, first_line
 from ..image_processing_nanovlm import SETTINGS as IMAGE_SETTINGS
 from ..image_processing_nanovlm import NanoVLMImageProcessor
+from ..loading import load_config, load_model
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from ..variants import VARIANTS

@@ -17,7 +17,7 @@ from datasets.distributed import split_dataset_by_node
 
 from ..data.parallel import ordered_parallel_map
 from ..data.rows import image_bytes, load
-from ..data.splits import hash_of
+from ..data.splits import split_position
 from ..devices import cpu_count
 from ..errors import InputError, first_line
 from ..processing_nanovlm import NanoVLMProcessor
@@ -62,7 +62,7 @@ def open_stream(name: str, variant: str, split: str) -> StreamedSplit:
 
 def stored_rows(split: StreamedSplit, count: int) -> Dataset:
     """Return the rows with the lowest hashes, the same as without streaming. This reads the whole split."""
-    rows = heapq.nsmallest(count, split.rows, key=lambda row: hash_of(row["image_id"]))
+    rows = heapq.nsmallest(count, split.rows, key=lambda row: split_position(row["image_id"]))
     # Given a path, `datasets` would replace the bytes by a local file of that name.
     rows = [row | {"image": {"bytes": image_bytes(row), "path": None}} for row in rows]
     return Dataset.from_list(rows, features=split.rows.features)

@@ -20,13 +20,12 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from ..checkpoints import SHIPPED
 from ..configuration_nanovlm import PRESETS, TEXT_POSITIONS, NanoVLMConfig
 from ..devices import choose_precision, default_device
-from ..errors import InputError, UsageError, scrub
+from ..errors import InputError, UsageError, one_line_errors, scrub
 from ..evaluation.items import open_image
 from ..image_processing_nanovlm import NanoVLMImageProcessor
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from ..variants import VARIANTS
-from .cli_errors import one_line_errors
 from .cpu import write_out_attention
 from .setup import load_checked, tokenizer_in
 from .texts import TokenizedTexts

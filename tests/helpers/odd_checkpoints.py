@@ -252,7 +252,7 @@ def main() -> None:
                 "--out",
                 str(work / f"out{case}"),
             ]
-            commands.append(["evaluate", *models, "--limit", "1", "--max-new-tokens", "2", "--grounding-photos", "2"])
+            commands.append(["evaluate", *models, "--limit", "1", "--max-new-tokens", "2", "--grounding-images", "2"])
         for command in commands:
             problem = behaves(command)
             if command[0] in ("push", "evaluate") and problem is not None and problem.startswith("ends with 0"):

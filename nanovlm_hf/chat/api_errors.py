@@ -22,7 +22,7 @@ _CONTENT_FILTER = re.compile(
 
 
 @dataclass(eq=False)
-class ComplaintError(Exception):
+class ApiError(Exception):
     """An error response of an endpoint.
 
     Attributes:
@@ -62,18 +62,18 @@ class ComplaintError(Exception):
         return self.status not in (401, 404, 408, 409, 425, 429)
 
 
-def complaint_in(status: int, content: bytes, headers: Mapping[str, str]) -> ComplaintError:
+def parse_error_response(status: int, content: bytes, headers: Mapping[str, str]) -> ApiError:
     """Return the error in an HTTP response."""
     text = content.decode("utf-8-sig", errors="replace")
     try:
-        complaint = complaint_of(status, parse_json(text, "an error"))
+        error = parse_error_body(status, parse_json(text, "an error"))
     except InputError:
-        complaint = complaint_of(status, plain_text(text))
-    complaint.retry_after = seconds_to_wait(headers.get("retry-after"))
-    return complaint
+        error = parse_error_body(status, plain_text(text))
+    error.retry_after = seconds_to_wait(headers.get("retry-after"))
+    return error
 
 
-def complaint_of(status: int | None, body: Any) -> ComplaintError:
+def parse_error_body(status: int | None, body: Any) -> ApiError:
     """Return the error in the body of an error response, whatever its format."""
     try:
         message = scrub(" ".join(_words(body).split()), MAX_SHOWN)
@@ -84,7 +84,7 @@ def complaint_of(status: int | None, body: Any) -> ComplaintError:
         numbers = [int(code) for code in codes if re.fullmatch(r"[1-5][0-9][0-9]", code)]
         status = numbers[0] if numbers else 429 if any(map(_RATE_LIMIT.search, codes)) else None
     shown = scrub(" ".join(code for code in codes if not code.isdecimal()), MAX_SHOWN)
-    return ComplaintError(status, message or "no reason given", shown, tuple(parameters))
+    return ApiError(status, message or "no reason given", shown, tuple(parameters))
 
 
 def seconds_to_wait(value: str | None) -> float | None:
