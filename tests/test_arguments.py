@@ -180,7 +180,10 @@ def test_a_config_that_is_not_a_regular_file_is_refused(tmp_path):
 
 def test_the_script_ends_with_one_line_and_code_2(train, tmp_path):
     path = config(tmp_path, "learning_rate: .nan\n")
-    assert train("--config", path, *REQUIRED) == (2, f"train.py: {path}: learning_rate: nan is not a number\n")
+    assert train("--config", path, *REQUIRED) == (
+        2,
+        f"nanovlm_hf.training: {path}: learning_rate: nan is not a number\n",
+    )
 
 
 def test_help_names_every_field(train, monkeypatch, capsys):
@@ -212,7 +215,7 @@ def test_the_module_can_be_launched_as_the_script_is(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert f"train.py: dataset: {tmp_path / 'nowhere'} (short): cannot be loaded" in done.stderr
+    assert f"nanovlm_hf.training: dataset: {tmp_path / 'nowhere'} (short): cannot be loaded" in done.stderr
 
 
 def test_a_packaged_config_is_found_by_name(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def tiny(train, toy):
     def call(out, **fields):
         options = (text for name, value in (TINY | fields).items() for text in (f"--{name}", value))
         code, errors = train("--config", CONFIG, *toy_options(toy, out), *options)
-        return code, "\n".join(line for line in errors.splitlines() if line.startswith("train.py: "))
+        return code, "\n".join(line for line in errors.splitlines() if line.startswith("nanovlm_hf.training: "))
 
     return call
 
@@ -122,7 +122,7 @@ def test_no_code_of_a_run_directory_is_run(tiny, killed, tmp_path, name, auto):
     torch.save({"state": Payload(tmp_path / "ran"), "torch_manual_seed": Payload(tmp_path / "ran")}, state / name)
     code, errors = tiny(killed, **FINISHED, resume="auto" if auto else state)
     assert code == 1
-    assert one_line(errors).startswith(f"train.py: resume: {state}")
+    assert one_line(errors).startswith(f"nanovlm_hf.training: resume: {state}")
     assert not (tmp_path / "ran").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_run_of_two_processes_is_locked_until_it_is_killed(tmp_path, toy):
         for start in (command(toy, out, 2, **fields), alone(toy, out, **fields)):
             second = subprocess.run(start, capture_output=True, text=True, timeout=900)
             assert second.returncode == 1
-            assert f"train.py: output_dir: another process is working on {out}: wait for it" in second.stderr
+            assert f"nanovlm_hf.training: output_dir: another process is working on {out}: wait for it" in second.stderr
     finally:
         for process in processes:
             process.kill()
@@ -427,10 +427,10 @@ def test_an_unexpected_error_gives_one_line_that_mentions_nanovlm_debug(tiny, tm
     monkeypatch.setattr(loop, "load_splits", lambda *_: 1 // 0)
     code, errors = tiny(tmp_path / "run")
     assert code == 1
-    assert errors.startswith("train.py: unexpected ZeroDivisionError")
+    assert errors.startswith("nanovlm_hf.training: unexpected ZeroDivisionError")
     assert errors.endswith("run with NANOVLM_DEBUG=1 for the traceback")
     monkeypatch.setattr(loop, "load_splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert tiny(tmp_path / "run") == (130, "train.py: stopped")
+    assert tiny(tmp_path / "run") == (130, "nanovlm_hf.training: stopped")
 
 
 @pytest.mark.slow

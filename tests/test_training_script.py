@@ -132,7 +132,7 @@ def test_a_signal_saves_before_it_ends_a_run(train, tmp_path, toy):
         process.send_signal(number)
         errors = process.communicate(timeout=600)[1]
         assert process.returncode == 128 + number
-        assert "train.py: stopped, the state is saved: --resume auto continues" in errors
+        assert "nanovlm_hf.training: stopped, the state is saved: --resume auto continues" in errors
         assert "Traceback" not in errors
         before, saved = saved, int(folder.states()[-1].name.removeprefix("step-"))
         assert saved >= before + 4
@@ -232,15 +232,15 @@ def test_fsdp_on_gpus(tmp_path, toy):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"ema_decay": 0.9}, "ema_decay: FSDP's sharded weights do not support EMA"),
-        ({"optimizer": "muon"}, "optimizer: muon needs whole matrices, not FSDP's shards: use ddp.yaml"),
+        ({"ema_decay": 0.9}, "ema_decay: not supported with FSDP"),
+        ({"optimizer": "muon"}, "optimizer: Muon needs unsharded matrices: launch with --multi_gpu"),
     ],
 )
 def test_fields_that_fsdp_does_not_support_are_refused(tmp_path, toy, fields, problem):
     fields = {"processes": 2, "config": "fsdp.yaml", "script": FSDP_ON_CPUS} | fields
     done = subprocess.run(command(toy, tmp_path / "run", **fields), capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
-    assert f"train.py: {problem}" in done.stderr
+    assert f"nanovlm_hf.training: {problem}" in done.stderr
 
 
 def test_fsdp_without_a_gpu_is_refused(train, tmp_path, toy, monkeypatch):
@@ -248,7 +248,7 @@ def test_fsdp_without_a_gpu_is_refused(train, tmp_path, toy, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     code, errors = train("--config", CONFIG, *toy_options(toy, tmp_path / "run"))
     assert code == 1
-    assert "there is no GPU, and on CPUs Accelerate runs DDP for FSDP" in errors
+    assert "accelerate: FSDP needs a GPU" in errors
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_wrong_fields(train, tmp_path, yaml, options, message):
 
 def test_missing_config(train, tmp_path):
     code, errors = train("--config", tmp_path / "none.yaml")
-    assert (code, errors) == (2, f"train.py: {tmp_path / 'none.yaml'}: no such file\n")
+    assert (code, errors) == (2, f"nanovlm_hf.training: {tmp_path / 'none.yaml'}: no such file\n")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_unusable_inputs_are_refused(train, tmp_path, toy, fields, message):
     fields = {"dataset": toy / "data", "tokenizer": toy / "tokenizer", "output_dir": tmp_path / "run", **fields}
     code, errors = train("--config", CONFIG, *(text for name, value in fields.items() for text in (f"--{name}", value)))
     assert code == 1
-    assert f"train.py: {message}" in errors
+    assert f"nanovlm_hf.training: {message}" in errors
     assert "Traceback" not in errors
 
 

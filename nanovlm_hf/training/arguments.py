@@ -20,6 +20,7 @@ from ..errors import InputError, first_line, scrub
 from ..files import read_yaml, validate
 from ..variants import VARIANTS
 
+PROGRAM = "nanovlm_hf.training"  # as usage and errors name it: `python -m` of it
 SOURCES = (*VARIANTS, "captions")
 OPTIMIZERS = ("adamw", "muon")
 TEXT_FILES = (".txt", ".jsonl")
@@ -349,7 +350,7 @@ def _config_file(name: str) -> str:
 
 @functools.cache
 def _parser() -> HfArgumentParser:
-    parser = HfArgumentParser(RunArguments, prog="train.py", allow_abbrev=False)
+    parser = HfArgumentParser(RunArguments, prog=PROGRAM, allow_abbrev=False)
     parser.error = _refuse
     return parser
 

@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if len(arguments.runs) < 2:
         parser.error("at least two runs are needed")
-    with one_line_errors("average"):
+    with one_line_errors("nanovlm_hf.training.average"):
         metrics = average(arguments.runs, arguments.out)
         print(f"{arguments.out}: eval_loss {metrics['eval_loss']:.4f}, grounding gap {metrics['grounding_gap']:.4f}")
 

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write, after which the model is named")
     parser.add_argument("--about", type=Path, help="Markdown file that describes the training data, for the model card")
     arguments = parser.parse_args()
-    with one_line_errors("export"):
+    with one_line_errors("nanovlm_hf.training.export"):
         about = None if arguments.about is None else read_text(arguments.about)
         export(arguments.run, arguments.out, about)
 

@@ -135,9 +135,11 @@ class _Run:
         objective = objective.to(accelerator.device)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if arguments.ema_decay and self.sharded:
-            raise InputError("ema_decay: FSDP's sharded weights do not support EMA: use ddp.yaml, or leave it out")
+            raise InputError("ema_decay: not supported with FSDP: launch with --multi_gpu, or leave it out")
         if arguments.optimizer == "muon" and self.sharded:
-            raise InputError("optimizer: muon needs whole matrices, not FSDP's shards: use ddp.yaml, or adamw")
+            raise InputError(
+                "optimizer: Muon needs unsharded matrices: launch with --multi_gpu, or use --optimizer adamw"
+            )
         self.unsharded = copy.deepcopy(objective) if self.sharded else None
         self.ema = None
         if arguments.ema_decay:

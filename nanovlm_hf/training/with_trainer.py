@@ -31,6 +31,8 @@ from .cpu import write_out_attention
 from .setup import load_checked, tokenizer_in
 from .texts import TokenizedTexts
 
+PROGRAM = "nanovlm_hf.training.with_trainer"  # as usage and errors name it: `python -m` of it
+
 
 @dataclass
 class DataArguments:
@@ -102,7 +104,7 @@ def read_arguments(argv: list[str]) -> tuple[DataArguments, TrainingArguments]:
 
 
 def _parse(argv: list[str]) -> tuple[DataArguments, TrainingArguments]:
-    parser = HfArgumentParser((DataArguments, TrainingArguments), prog="train_with_trainer.py", allow_abbrev=False)
+    parser = HfArgumentParser((DataArguments, TrainingArguments), prog=PROGRAM, allow_abbrev=False)
     parser.error = _refuse
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -150,7 +152,7 @@ def train(data: DataArguments, settings: TrainingArguments) -> Trainer:
 
 
 def main() -> Trainer:
-    with one_line_errors("train_with_trainer.py"):
+    with one_line_errors(PROGRAM):
         return train(*read_arguments(sys.argv[1:]))
 
 
