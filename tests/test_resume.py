@@ -17,14 +17,14 @@ import torch
 from nanovlm_hf import InputError
 from nanovlm_hf.training import loop
 from nanovlm_hf.training.arguments import read_arguments
-from nanovlm_hf.training.run_directory import LOCK, SAMPLES_PAGE, RunDirectory, locked_run_directory
+from nanovlm_hf.training.run_directory import COMPLETE, LOCK, SAMPLES_PAGE, RunDirectory, locked_run_directory
 from nanovlm_hf.training.run_record import RECORD
 from nanovlm_hf.training.run_removal import check_removable
 
 from helpers.runs import CONFIG, Payload, alone, command, launch, measured, metrics, toy_options, wait_for, weights
 
 # A model of 37,000 parameters, so that a run takes seconds and a state little space.
-TINY = {"n_blks": 1, "n_layer": 1, "n_head": 4, "head_size": 4, "img_embd_dim": 16, "muon_learning_rate": 0}
+TINY = {"n_blks": 1, "n_layer": 1, "n_head": 4, "head_size": 4, "img_embd_dim": 16, "optimizer": "adamw"}
 TINY |= {"eval_samples": 4, "per_device_train_batch_size": 2, "warmup_steps": 2, "logging_steps": 1}
 TINY |= {"mixed_precision": "no"}
 
@@ -62,7 +62,7 @@ def killed(finished, tmp_path):
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "states" / "step-00000003")
     shutil.rmtree(folder / "last")
-    (folder / SAMPLES_PAGE).unlink()
+    RunDirectory(folder, exist_ok=True).mark_incomplete()
     return folder
 
 
@@ -102,7 +102,7 @@ def test_an_earlier_state_replaces_the_later_ones(tiny, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "last")
-    (run / SAMPLES_PAGE).unlink()
+    RunDirectory(run, exist_ok=True).mark_incomplete()
     damaged = run / "states" / "step-00000003" / "optimizer.bin"
     damaged.write_bytes(b"")
     fields = FINISHED | {"save_total_limit": 1}
@@ -187,11 +187,23 @@ def test_a_finished_run_is_not_changed(tiny, finished, tmp_path, capsys):
     for resume in ("auto", folder / "states" / "step-00000003"):
         assert tiny(folder, **FINISHED, resume=resume) == (0, "")
         assert content_of(folder) == before
-    (folder / SAMPLES_PAGE).unlink()  # as a kill after the last state would leave it
+    RunDirectory(folder, exist_ok=True).mark_incomplete()  # as a kill after the last state would leave it
     shutil.rmtree(folder / "last")
     assert tiny(folder, **FINISHED, resume="auto") == (0, "")
     assert weights(folder) == weights(finished)
     assert (folder / SAMPLES_PAGE).exists()
+    assert (folder / COMPLETE).exists()
+
+
+@pytest.mark.parametrize("name", [SAMPLES_PAGE, COMPLETE])
+def test_a_complete_run_stays_complete(tiny, finished, tmp_path, name):
+    """Without its page, which its user may delete, and without the mark, which runs of earlier versions lack."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / name).unlink()
+    before = content_of(folder)
+    assert tiny(folder, **FINISHED, resume="auto") == (0, "")
+    assert content_of(folder) == before
 
 
 def test_early_stopping_is_final(toy, tmp_path, capsys, fresh_accelerate):

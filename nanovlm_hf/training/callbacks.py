@@ -113,7 +113,7 @@ class ModelCard(Callback):
 
 
 class SamplePage(Callback):
-    """Write `samples.html`, whose presence says that the run is complete."""
+    """Write `samples.html`."""
 
     def __init__(self, folder: RunDirectory, split: Split):
         self.folder, self.split = folder, split

@@ -34,7 +34,7 @@ from .metrics import Meter, count_flops, evaluate
 from .optimizers import optimizers_of
 from .provenance import describe_run
 from .resume import check_same_run, find_state
-from .run_directory import SAMPLES_PAGE, RunDirectory, locked_run_directory
+from .run_directory import RunDirectory, locked_run_directory
 from .samples import known_words
 from .setup import load_splits, model_and_processor
 from .signals import StoppedError, StopSignals
@@ -166,12 +166,12 @@ class _Run:
             self._resume_stream(self.progress.pop("positions"))
             if not (self.folder.path / "best").exists():  # the state is of a run in another folder
                 self.progress["best_eval_loss"] = math.inf
-        self.complete = self._is_over() and self.folder.has_ended()
+        self.complete = self._is_over() and self.folder.is_complete()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not self.complete:
             self.folder.truncate_metrics(self.progress["step"])
             self.folder.remove_states_after(self.progress["step"])
-            (self.folder.path / SAMPLES_PAGE).unlink(missing_ok=True)
+            self.folder.mark_incomplete()
             self.folder.describe(record)
 
     def _resume_stream(self, positions: list[list[int]] | None) -> None:
@@ -228,6 +228,8 @@ class _Run:
         if self.accelerator.is_main_process:
             self.folder.save_model("last", model, self.processor)
         self._call("on_end")
+        if self.accelerator.is_main_process:
+            self.folder.mark_complete()
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
         """Take an optimizer step; return the norm of the gradients, and the number of a signal to stop, or 0."""

@@ -24,7 +24,7 @@ def find_state(resume: str | None, folder: RunDirectory) -> Path | None:
         return None
     if resume == "auto":
         states = folder.states()
-        if not states and folder.has_ended():
+        if not states and folder.is_complete():
             raise InputError(
                 f"resume: the run in {folder.path} is complete, but its states/ are gone: train in another folder, or "
                 "add --overwrite true instead of --resume"
