@@ -257,7 +257,6 @@ def test_choices_are_those_of_presets_and_variants():
         (("--optimizer", "muon", "--muon_learning_rate", "0.01"), "muon", 0.01),
         (("--config", "mini_short"), "muon", 3e-3),
         (("--config", "mini_short", "--optimizer", "adamw"), "adamw", 0.0),
-        (("--config", "mini_short", "--muon_learning_rate", "0"), "adamw", 0.0),  # from before there was `optimizer`
     ],
 )
 def test_the_optimizer_and_its_learning_rate(options, optimizer, rate):
@@ -272,6 +271,12 @@ def test_a_learning_rate_of_muon_without_muon_is_refused():
         assert problem == (
             "muon_learning_rate: 0.003 has no effect with optimizer adamw: add --optimizer muon, or set it to 0"
         )
+
+
+@pytest.mark.parametrize("options", [("--optimizer", "muon"), ("--config", "mini_short")])
+def test_muon_without_a_learning_rate_is_refused(options):
+    problem = problem_of(*REQUIRED, *options, "--muon_learning_rate", "0")
+    assert problem == "muon_learning_rate: 0.0 is not above 0: raise it, or set optimizer adamw"
 
 
 @pytest.mark.parametrize(

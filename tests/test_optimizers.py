@@ -153,3 +153,10 @@ def test_muon_keeps_no_gradient_after_a_step(in_bf16):
     gc.collect()
     assert not [one for one in freed if one() is not None]
     assert all(matrix.grad is None for group in optimizers[1].param_groups for matrix in group["params"])
+
+
+def test_an_unknown_optimizer_is_refused():
+    fields = arguments()
+    fields.optimizer = "lion"
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'"):
+        optimizers_of(tiny_model(), fields)

@@ -162,7 +162,7 @@ class RunArguments:
     )
     learning_rate: float = _field(1e-3, "peak learning rate of AdamW")
     muon_learning_rate: Optional[float] = _field(
-        None, f"peak learning rate of Muon; default with optimizer muon: {MUON_LEARNING_RATE:g}; 0 selects adamw"
+        None, f"peak learning rate of Muon; default with optimizer muon: {MUON_LEARNING_RATE:g}"
     )
     weight_decay: float = _field(0.1, "weight decay of matrices")
     warmup_steps: int = _field(200, "steps of linear warm-up before the cosine decay")
@@ -241,16 +241,18 @@ class RunArguments:
         return [weight for name, weight in zip(self.texts, self.text_weights, strict=True) if name not in SOURCES]
 
     def _resolve_optimizer(self) -> None:
-        """Give `muon_learning_rate` its value: 0 without Muon. Muon with 0 is adamw, as in older records."""
-        if self.optimizer == "muon" and self.muon_learning_rate is None:
-            self.muon_learning_rate = MUON_LEARNING_RATE
-        self.muon_learning_rate = self.muon_learning_rate or 0.0
-        if self.optimizer == "muon" and not self.muon_learning_rate:
-            self.optimizer = "adamw"
+        """Give `muon_learning_rate` its value: 0 without Muon."""
+        rate, with_muon = self.muon_learning_rate, self.optimizer == "muon"
+        if rate is None:
+            rate = MUON_LEARNING_RATE if with_muon else 0.0
+        self.muon_learning_rate = rate
         _check(
-            self.optimizer == "muon" or not self.muon_learning_rate,
+            not with_muon or rate > 0, "muon_learning_rate", rate, "is not above 0: raise it, or set optimizer adamw"
+        )
+        _check(
+            with_muon or not rate,
             "muon_learning_rate",
-            self.muon_learning_rate,
+            rate,
             f"has no effect with optimizer {self.optimizer}: add --optimizer muon, or set it to 0",
         )
 
@@ -314,8 +316,8 @@ def arguments_of(recorded: dict[str, Any], where: Path, **changes: Any) -> RunAr
     """Return the fields of a recorded run, without those of other versions, and with some changed.
 
     Args:
-        recorded: `arguments` of a record. One from before the field `optimizer` used Muon if `muon_learning_rate` is
-            above 0.
+        recorded: `arguments` of a record. In one from before the field `optimizer`, `muon_learning_rate` selects Muon
+            if it is above 0.
         where: file that errors name.
 
     Raises:

@@ -25,10 +25,15 @@ def optimizers_of(
         muon_in_bf16: whether Muon orthogonalises in bfloat16, as PyTorch's own does, or in float32, which is many
             times faster on a CPU without bfloat16 instructions.
         head: of distillation, which AdamW trains.
+
+    Raises:
+        ValueError: if `arguments.optimizer` is neither `adamw` nor `muon`.
     """
     trained = nn.ModuleList([model] if head is None else [model, head])
     if arguments.optimizer == "adamw":
         return [_adamw(parameter_groups(trained, arguments.weight_decay), arguments)]
+    if arguments.optimizer != "muon":
+        raise ValueError(f"unknown optimizer {arguments.optimizer!r}")
     weights = hidden_weights(model)
     rest = parameter_groups(trained, arguments.weight_decay, exclude=weights)
     return [_adamw(rest, arguments), _muon(weights, arguments, muon_in_bf16)]
