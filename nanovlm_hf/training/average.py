@@ -22,7 +22,7 @@ from ..processing_nanovlm import NanoVLMProcessor
 from .arguments import RunArguments, arguments_of
 from .cli_errors import one_line_errors
 from .loss_plots import plot_average
-from .metrics import evaluate
+from .metrics import evaluate, write_evaluation
 from .provenance import describe_run
 from .record import describe_checkpoint
 from .run_directory import RunDirectory
@@ -77,7 +77,8 @@ def average(runs: list[Path], out: Path) -> dict[str, float]:
     accelerator = _accelerator(arguments)
     model = mean.module.to(accelerator.device)
     directory = RunDirectory(out)
-    metrics = evaluate(directory, 0, model, processors[0], splits["validation"], known_words(splits), accelerator)
+    metrics, completions = evaluate(model, processors[0], splits["validation"], known_words(splits), accelerator)
+    write_evaluation(directory, 0, metrics, completions)
     plot_average(runs, metrics, directory)
     directory.save_model("best", model, processors[0])
     directory.describe(describe_run(arguments, splits, accelerator) | {"average_of": [str(run) for run in runs]})

@@ -317,17 +317,14 @@ class _Run:
         patient = torch.ones((), device=accelerator.device)
         model = self._evaluated_model()
         if accelerator.is_main_process:
-            split, step = self.splits["validation"], progress["step"]
-            with_images = self.arguments.image_dropout < 1
-            metrics = evaluate(
-                self.folder, step, model, self.processor, split, self.vocabulary, accelerator, with_images
-            )
+            split, with_images = self.splits["validation"], self.arguments.image_dropout < 1
+            metrics, completions = evaluate(model, self.processor, split, self.vocabulary, accelerator, with_images)
             progress["evaluations_without_gain"] += 1
             if metrics["eval_loss"] < progress["best_eval_loss"]:
                 progress |= {"best_eval_loss": metrics["eval_loss"], "evaluations_without_gain": 0}
                 self.folder.save_model("best", model, self.processor)
             patient *= not self._has_lost_patience()
-            self._call("on_evaluate", step, metrics)
+            self._call("on_evaluate", progress["step"], metrics, completions)
             self.objective.train()
         if accelerator.num_processes > 1:
             patient = accelerator.reduce(patient, "sum") - (accelerator.num_processes - 1)
