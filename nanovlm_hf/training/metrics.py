@@ -99,13 +99,8 @@ class Meter:
             "tokens_per_second": round(self.tokens / seconds, 1),
             "teraflops": round(flops / 1e12, 4) if flops else None,
             "mfu": round(flops / (gpu.flops * self.num_processes), 4) if flops and gpu else None,
-            "memory_mib": self._memory(),
+            "memory_mib": peak_memory_mib(self.device),
         }
-
-    def _memory(self) -> int | None:
-        if self.device.type == "cuda":
-            return round(torch.cuda.max_memory_allocated(self.device) / 2**20)
-        return peak_memory_mib()
 
 
 def count_flops(function: Callable[[], Any]) -> float:
