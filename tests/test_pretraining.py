@@ -16,8 +16,8 @@ from nanovlm_hf.training import distillation, loop
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
 from nanovlm_hf.training.image_store import decode_once
+from nanovlm_hf.training.initial_model import model_and_processor, tokenizer_in
 from nanovlm_hf.training.loss import CompletionObjective
-from nanovlm_hf.training.setup import model_and_processor, tokenizer_in
 from nanovlm_hf.training.text_files import TextFile
 from nanovlm_hf.training.texts import TokenizedTexts
 from nanovlm_hf.vision_encoders import load_vision_encoder

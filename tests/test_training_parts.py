@@ -12,7 +12,7 @@ from PIL import Image
 from nanovlm_hf import InputError, NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, devices
 from nanovlm_hf.evaluation.grounding import measure_grounding
 from nanovlm_hf.evaluation.likelihood import Likelihood
-from nanovlm_hf.training import augmentation, image_store, loop, metrics, setup, step
+from nanovlm_hf.training import augmentation, data, image_store, initial_model, loop, metrics, step
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
 from nanovlm_hf.training.export import export
@@ -75,7 +75,7 @@ def test_the_plain_config_has_nothing_beyond_the_paper():
 
 def config_of(name: str) -> tuple:
     arguments = read_arguments(["--config", str(ROOT / "training" / "configs" / f"{name}.yaml")])
-    return arguments, setup.model_config(arguments, vocab_size=5120)
+    return arguments, initial_model.model_config(arguments, vocab_size=5120)
 
 
 @pytest.mark.parametrize("preset", ["mini", "base", "large"])
@@ -370,7 +370,7 @@ def test_accumulation_weighs_tokens_not_pieces(texts):
 
 def test_the_gap_is_zero_for_a_model_that_ignores_the_image(texts, tokenizer):
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    split = setup.Split(images, texts, list(range(4)))
+    split = data.Split(images, texts, list(range(4)))
     processor = tiny_processor(tokenizer)
     blind = tiny_model()
     torch.nn.init.zeros_(blind.model.multi_modal_projector.fc2.weight)
@@ -394,11 +394,11 @@ def test_train_samples_are_the_lowest_hashes(tmp_path, toy):
     from datasets import load_dataset
 
     rows = load_dataset(str(toy / "data"), "short", split="train")
-    few, more = (set(setup._lowest_hashes(rows, count)["image_id"]) for count in (10, 30))
+    few, more = (set(data._lowest_hashes(rows, count)["image_id"]) for count in (10, 30))
     assert len(few) == 10
     assert few < more
     with pytest.raises(InputError, match="train_samples: 1000 images"):
-        setup._lowest_hashes(rows, 1000)
+        data._lowest_hashes(rows, 1000)
 
 
 def test_photos_that_do_not_decode(tmp_path, toy, monkeypatch):

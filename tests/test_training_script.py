@@ -20,7 +20,7 @@ from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
 from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.tokenizer import train_tokenizer_on
 from nanovlm_hf.hub.staging import stage_checkpoint
-from nanovlm_hf.training import augmentation, setup, step, with_trainer
+from nanovlm_hf.training import augmentation, data, step, with_trainer
 from nanovlm_hf.training.export import export
 from nanovlm_hf.training.run_directory import RunDirectory
 
@@ -185,7 +185,7 @@ def test_eight_images_are_memorised(train, tmp_path):
     processor = NanoVLMProcessor.from_pretrained(tmp_path / "run" / "last")
     from datasets import load_dataset
 
-    rows = setup._lowest_hashes(load_dataset(str(tmp_path / "data"), "short", split="train"), 8)
+    rows = data._lowest_hashes(load_dataset(str(tmp_path / "data"), "short", split="train"), 8)
     inputs = processor(images=rows["image"][:], text=[""] * 8, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     assert processor.batch_decode(tokens, skip_special_tokens=True) == rows["description"][:]

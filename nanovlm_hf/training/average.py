@@ -21,6 +21,8 @@ from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from .arguments import RunArguments, arguments_of
 from .cli_errors import one_line_errors
+from .data import load_splits
+from .initial_model import differences, image_settings
 from .loss_plots import plot_average
 from .metrics import evaluate, write_evaluation
 from .provenance import describe_run
@@ -28,7 +30,6 @@ from .record import describe_checkpoint
 from .run_directory import RunDirectory
 from .run_record import RECORD, stored_record
 from .samples import known_words
-from .setup import differences, image_settings, load_splits
 
 # Arguments of the first run that do not apply to the average.
 NOT_INHERITED = {

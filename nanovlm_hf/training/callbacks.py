@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from .arguments import RunArguments
+from .data import Split
 from .failures import tracker_errors
 from .loss_plots import plot_run
 from .metrics import write_evaluation
 from .record import describe_checkpoint
 from .run_directory import RunDirectory
 from .samples import Sample, write_page
-from .setup import Split
 
 
 class Callback:

@@ -16,9 +16,9 @@ from ..completion import load_model
 from ..errors import InputError
 from ..files import read_text
 from .cli_errors import one_line_errors
+from .initial_model import generation_config
 from .record import describe_checkpoint
 from .run_directory import RunDirectory
-from .setup import generation_config
 
 
 def export(run: Path, out: Path, about: str | None = None) -> None:

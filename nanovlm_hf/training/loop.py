@@ -28,7 +28,9 @@ from .arguments import RunArguments
 from .batches import TrainingBatches
 from .callbacks import Callback, MetricsFiles, ModelCard, ProgressBar, SamplePage, Trackers
 from .cpu import keep_freed_memory, write_out_attention
+from .data import load_splits
 from .failures import output_errors
+from .initial_model import model_and_processor
 from .loss import CompletionObjective
 from .metrics import Meter, count_flops, evaluate
 from .optimizers import optimizers_of
@@ -36,7 +38,6 @@ from .provenance import describe_run
 from .resume import check_same_run, find_state
 from .run_directory import RunDirectory, locked_run_directory
 from .samples import known_words
-from .setup import load_splits, model_and_processor
 from .signals import StoppedError, StopSignals
 from .states import load_state
 from .step import LossWeights, StepResult, accumulate_gradients, to_device

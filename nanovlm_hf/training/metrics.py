@@ -22,12 +22,12 @@ from ..evaluation.likelihood import BATCH_SIZE, Likelihood
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from .augmentation import normalise
+from .data import Split
 from .gpu_specs import gpu_of
 from .loss import CompletionObjective
 from .provenance import device_name
 from .run_directory import RunDirectory
 from .samples import Sample, complete_samples, write_samples
-from .setup import Split
 from .step import StepResult
 
 

@@ -16,8 +16,9 @@ from ..evaluation.originality import rouge_tokens
 from ..files import atomic_write
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
+from .data import Split, Splits
+from .initial_model import generation_config
 from .run_directory import SAMPLES_PAGE, RunDirectory
-from .setup import Split, Splits, generation_config
 from .streaming import StreamedSplit
 
 COMPLETIONS = 32  # images that are completed, to measure coherence

@@ -28,7 +28,8 @@ from ..processing_nanovlm import NanoVLMProcessor
 from ..variants import VARIANTS
 from .cli_errors import one_line_errors
 from .cpu import write_out_attention
-from .setup import load_checked, tokenizer_in
+from .data import load_checked
+from .initial_model import tokenizer_in
 from .texts import TokenizedTexts
 
 PROGRAM = "nanovlm_hf.training.with_trainer"  # as usage and errors name it: `python -m` of it
