@@ -12,7 +12,7 @@ from PIL import Image
 from nanovlm_hf import InputError, NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, devices
 from nanovlm_hf.evaluation.grounding import measure_grounding
 from nanovlm_hf.evaluation.likelihood import Likelihood
-from nanovlm_hf.training import augmentation, data, image_store, initial_model, loop, metrics, step
+from nanovlm_hf.training import augmentation, data, image_store, initial_model, loop, metrics, samples, step
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
 from nanovlm_hf.training.export import export
@@ -31,6 +31,19 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_without_a_best_model_is_not_exported(tmp_path):
     with pytest.raises(InputError, match="there is no best/ in this run"):
         export(tmp_path, tmp_path / "out", "mini-short")
+
+
+def test_the_page_of_samples_escapes_texts(tmp_path):
+    run = RunDirectory(tmp_path / "a <b>")
+    sample = {"image_id": 7, "prefix": "A <i>", "text": "A <i> & {{ 1 }}", "reference": "<script>"}
+    run.add_samples([{"step": number} | sample | {"image_id": image_id} for number in (1, 2) for image_id in (7, 8)])
+    split = data.Split(np.zeros((1, 32, 32, 3), dtype=np.uint8), None, [7])
+    samples.write_page(run, split)
+    page = (run.path / "samples.html").read_text()
+    assert (page.count("<img "), page.count("step ")) == (1, 2), "image 8 is not in the split"
+    assert "<b>A &lt;i&gt;</b> &amp; {{ 1 }}" in page
+    assert "<title>a &lt;b&gt;: completions" in page
+    assert "<script" not in page
 
 
 def test_a_kill_between_two_renames_loses_no_model(tmp_path):
