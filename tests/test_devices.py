@@ -90,7 +90,8 @@ import os, pathlib, sys
 from transformers import AutoImageProcessor, Trainer  # may need them on Linux
 sys.modules["resource"] = None
 del os.sched_getaffinity
-from nanovlm_hf.training import image_store, loop, metrics, provenance, streaming, with_trainer
+from nanovlm_hf.data import image_store
+from nanovlm_hf.training import loop, metrics, provenance, streaming, with_trainer
 import nanovlm_hf.data.build, nanovlm_hf.evaluation.completions
 from nanovlm_hf import devices
 import torch

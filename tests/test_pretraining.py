@@ -9,13 +9,13 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ResNetConfig, ResNetModel, set_seed
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, cli
+from nanovlm_hf.data.image_store import decode_once
 from nanovlm_hf.data.rows import load
 from nanovlm_hf.evaluation.probe import linear_probe, probe_data
 from nanovlm_hf.image_processing_nanovlm import NanoVLMImageProcessor
 from nanovlm_hf.training import distillation, loop
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
-from nanovlm_hf.training.image_store import decode_once
 from nanovlm_hf.training.initial_model import model_and_processor, tokenizer_in
 from nanovlm_hf.training.loss import CompletionObjective
 from nanovlm_hf.training.text_files import TextFile

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from nanovlm_hf import InputError, NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, devices
+from nanovlm_hf.data import image_store
 from nanovlm_hf.evaluation.grounding import measure_grounding
 from nanovlm_hf.evaluation.likelihood import Likelihood
-from nanovlm_hf.training import augmentation, data, image_store, initial_model, loop, metrics, samples, step
+from nanovlm_hf.training import augmentation, data, initial_model, loop, metrics, samples, step
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
 from nanovlm_hf.training.export import export

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, Image
 
+from ..data.image_store import decode_once
 from ..data.rows import load
 from ..data.splits import lowest_hashes
 from ..errors import InputError, first_line
@@ -17,7 +18,6 @@ from ..processing_nanovlm import NanoVLMProcessor
 from ..variants import VARIANTS
 from .arguments import TEXT_FILES, RunArguments
 from .distillation import teacher_features
-from .image_store import decode_once
 from .streaming import StreamedSplit, open_stream, stored_rows
 from .text_files import TextFile
 from .texts import TokenizedTexts

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..data.image_store import checksum
 from ..evaluation.fingerprints import weights_hash
 from ..files import locked, named_disk_errors
 from ..vision_encoders import VisionEncoder, load_vision_encoder
-from .image_store import checksum
 
 BATCH_SIZE = 32
 

@@ -27,7 +27,7 @@ from .accelerator import make_accelerator
 from .arguments import RunArguments
 from .batches import TrainingBatches
 from .callbacks import Callback, MetricsFiles, ModelCard, ProgressBar, SamplePage, Trackers
-from .cpu import keep_freed_memory, write_out_attention
+from .cpu import keep_freed_memory, use_eager_attention
 from .data import load_splits
 from .failures import output_errors
 from .initial_model import model_and_processor
@@ -73,7 +73,7 @@ class _Run:
         logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         self.model, self.processor = model_and_processor(arguments)
         if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-            write_out_attention(self.model)
+            use_eager_attention(self.model)
         if arguments.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         with accelerator.local_main_process_first():

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset, Image, IterableDataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
 
+from ..data.image_store import MAX_DAMAGED_SHARE, decode_image
 from ..data.parallel import ordered_parallel_map
 from ..data.rows import image_bytes, load
 from ..data.splits import hash_of
@@ -22,7 +23,6 @@ from ..devices import cpu_count
 from ..errors import InputError, first_line
 from ..processing_nanovlm import NanoVLMProcessor
 from .batches import TrainingBatches
-from .image_store import MAX_DAMAGED_SHARE, decode_image
 from .text_files import STEPS_PER_WINDOW
 from .texts import TokenizedTexts
 

@@ -27,7 +27,7 @@ from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from ..variants import VARIANTS
 from .cli_errors import one_line_errors
-from .cpu import write_out_attention
+from .cpu import use_eager_attention
 from .data import load_checked
 from .initial_model import tokenizer_in
 from .texts import TokenizedTexts
@@ -135,7 +135,7 @@ def train(data: DataArguments, settings: TrainingArguments) -> Trainer:
         TokenizedTexts(texts, list(rows["captions"]), processor, list(rows["image_id"])).report_truncated()
     model = NanoVLMForConditionalGeneration(config)
     if settings.bf16 and settings.device.type == "cpu":
-        write_out_attention(model)
+        use_eager_attention(model)
     smoothing = settings.label_smoothing_factor
     trainer = Trainer(
         model=model,
