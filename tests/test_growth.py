@@ -118,7 +118,7 @@ def test_init_from_uses_the_dropout_of_the_run():
     "options", [("--preset", "base"), ("--n_layer", 2), ("--vision_feature_select_strategy", "full")]
 )
 def test_init_from_refuses_other_sizes(options):
-    with pytest.raises(InputError, match="has other sizes than this run: set the same sizes, or use grow_from"):
+    with pytest.raises(InputError, match="has different sizes from this run: set the same sizes, or use grow_from"):
         initial_model.model_and_processor(arguments("--init_from", "mini-short", *options))
 
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_with_other_settings_is_refused(tmp_path, part, name, value
     folder = changed(tmp_path / "other", name, value, part)
     with pytest.raises(
         InputError,
-        match=rf"init_from: .*( is of another kind .* its ({part}\.)?{name} is |<image> at 3, config.json at 4)",
+        match=rf"init_from: .*( has a different .* its ({part}\.)?{name} is |<image> at 3, config.json at 4)",
     ):
         initial_model.model_and_processor(arguments("--init_from", folder))
     with pytest.raises(InputError, match=rf"grow_from: .*(its \w+'s {name} is |<image> at 3, config.json at 4)"):

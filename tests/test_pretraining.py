@@ -190,7 +190,9 @@ def test_the_texts_of_a_step_do_not_depend_on_its_parts(tokenizer, tmp_path):
     images = np.zeros((4, 32, 32, 3), np.uint8)
     batches = TrainingBatches(images, rows, list(range(4)), weights=[1.0, 0.5], **settings)
     assert [len(one["input_ids"]) for one in batches[0]["texts"]] == [2, 1]
-    with pytest.raises(InputError, match=r"text_weights: 0\.1 of .*texts\.jsonl is no text for the 2 images of a step"):
+    with pytest.raises(
+        InputError, match=r"a weight of 0\.1 gives less than one text of .*texts\.jsonl per step of 2 images"
+    ):
         TrainingBatches(images, rows, list(range(4)), weights=[1.0, 0.1], **settings)
 
 

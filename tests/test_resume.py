@@ -91,7 +91,7 @@ def test_a_complete_run_without_states_is_not_begun_again(tiny, finished, tmp_pa
     before.pop(LOCK, None)
     code, errors = tiny(run, **FINISHED, resume="auto")
     assert code == 1
-    assert "is complete, but its states/ are gone" in one_line(errors)
+    assert "is complete, but its folder states/ is gone" in one_line(errors)
     assert {name: content for name, content in content_of(run).items() if name != LOCK} == before
     code, errors = tiny(run, **FINISHED, resume="auto", overwrite="true")
     assert "overwrite: true removes the run that resume auto asks for" in one_line(errors)
@@ -177,7 +177,7 @@ def test_another_number_of_processes_is_rejected(tiny, killed):
     (killed / RECORD).write_text(record.replace("processes: 1", "processes: 2"))
     code, errors = tiny(killed, **FINISHED, resume="auto")
     assert code == 1
-    assert "resume: 2 processes trained before, 1 do now: use the same number" in one_line(errors)
+    assert "resume: the number of processes was 2 and is 1 now: use the same" in one_line(errors)
 
 
 def test_a_finished_run_is_not_changed(tiny, finished, tmp_path, capsys):

@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_the_last_state_whole(train, toy, small_disk):
     ("yaml", "options", "message"),
     [
         ("learning_rat: 0.1", (), "there is no field 'learning_rat': did you mean 'learning_rate'?"),
-        ("- a\n- b", (), "no list of 'field: value' lines"),
+        ("- a\n- b", (), "expected a mapping of field names to values"),
         ("a: [", (), "cannot be read as YAML"),
         ("learning_rate: fast", (), "invalid float value: 'fast'"),
         ("preset: huge", (), "invalid choice: 'huge'"),

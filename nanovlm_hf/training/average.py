@@ -68,9 +68,11 @@ def average(runs: list[Path], out: Path) -> dict[str, float]:
     splits = load_splits(arguments, processors[0])
     for run, model, processor, record in zip(runs, models, processors, records, strict=True):
         if not _same_kind(model, processor, models[0], processors[0]):
-            raise InputError(f"{run}: has another architecture or tokenizer than {runs[0]}: cannot be averaged")
+            raise InputError(f"{run}: its architecture or tokenizer differs from that of {runs[0]}: cannot be averaged")
         if record["data"]["validation"] != splits["validation"].identity():
-            raise InputError(f"{run}: was evaluated on other images or texts than those of {arguments.dataset} now")
+            raise InputError(
+                f"{run}: was evaluated on images or texts that differ from those of {arguments.dataset} now"
+            )
 
     mean = AveragedModel(models[0])
     for model in models:

@@ -26,7 +26,7 @@ GENERATION = {
     **{"max_new_tokens": 96, "do_sample": False, "num_beams": 4, "no_repeat_ngram_size": 3},
     "repetition_penalty": 1.2,
 }
-MOST_PARAMETERS = 1_000_000_000  # 40 times large: more is a typing error
+MOST_PARAMETERS = 1_000_000_000  # 40 times large: more is a typo
 # Fields of a config that change neither the weights nor what the model computes from them.
 NO_MEANING = {"self", "kwargs", "vision_config", "text_config", "hidden_dropout", "attention_dropout", "patch_dropout"}
 NO_MEANING |= {"initializer_range", "use_cache"}
@@ -75,7 +75,7 @@ def model_and_processor(arguments: RunArguments) -> tuple[NanoVLMForConditionalG
 def _load_checkpoint(
     field: str, folder: str | Path, config: NanoVLMConfig
 ) -> tuple[NanoVLMForConditionalGeneration, NanoVLMImageProcessor]:
-    """Load a checkpoint in float32 and its image processor, which has to make images for the model of the run."""
+    """Load a checkpoint in float32 and its image processor, which must prepare images of the model's size."""
     try:
         model, processor = load_model(str(folder))
     except InputError as error:
@@ -84,7 +84,7 @@ def _load_checkpoint(
     side = config.vision_config.image_size
     if images.size != {"height": side, "width": side}:
         raise InputError(
-            f"{field}: {folder} makes images of {dict(images.size)}, this run's model takes {side} x {side}"
+            f"{field}: {folder} prepares images of {dict(images.size)}; this run's model expects {side} x {side}"
         )
     if not (images.do_resize and images.do_rescale and images.do_normalize):
         raise InputError(f"{field}: {folder} does not resize, rescale and normalise its images, as training does")
@@ -161,12 +161,12 @@ def _refuse_other_model(folder: str | Path, found: NanoVLMConfig, wanted: NanoVL
     name, found_value, wanted_value = different[0]
     if {one.rsplit(".")[-1] for one, _, _ in different} & SIZES:
         raise InputError(
-            f"init_from: {folder} has other sizes than this run: set the same sizes, or use grow_from "
+            f"init_from: {folder} has different sizes from this run: set the same sizes, or use grow_from "
             f"({name} is {found_value!r}, this run's is {wanted_value!r})"
         )
     raise InputError(
-        f"init_from: {folder} is of another kind than this run trains: its {name} is {found_value!r}, this run's is "
-        f"{wanted_value!r}"
+        f"init_from: {folder} has a different configuration from this run: its {name} is {found_value!r}, "
+        f"this run's is {wanted_value!r}"
     )
 
 

@@ -116,7 +116,7 @@ class _Run:
         if self.images_per_step > len(split):
             raise InputError(
                 f"per_device_train_batch_size: a step takes {self.images_per_step} images, "
-                f"the train split has {len(split)}"
+                f"but the train split has {len(split)}"
             )
         steps_of_epochs = math.ceil(arguments.num_train_epochs * len(split) / self.images_per_step)
         self.steps = arguments.max_steps or steps_of_epochs
@@ -180,8 +180,8 @@ class _Run:
             return
         if len(positions) != self.accelerator.num_processes:
             raise InputError(
-                f"resume: {len(positions)} processes read the stream before, {self.accelerator.num_processes} do now: "
-                "use the same number"
+                f"resume: the stream was read by {len(positions)} processes and is now read by "
+                f"{self.accelerator.num_processes}: use the same number"
             )
         self.batches.position = tuple(positions[self.accelerator.process_index])
 

@@ -19,7 +19,7 @@ RECORD = "training_args.yaml"
 def _one_of(names: Iterable[str]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in names:
-            raise ValueError(f"it is one of {', '.join(names)}")
+            raise ValueError(f"must be one of {', '.join(names)}")
         return value
 
     return AfterValidator(check)

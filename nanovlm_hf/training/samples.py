@@ -21,7 +21,7 @@ from .run_directory import SAMPLES_PAGE, RunDirectory
 from .streaming import StreamedSplit
 
 COMPLETIONS = 32  # images that are completed, to measure coherence
-SAMPLES = 8  # of them, completions that are written
+SAMPLES = 8  # completions among them that are written
 PREFIX_WORDS = 4
 
 

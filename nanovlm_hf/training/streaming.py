@@ -190,7 +190,7 @@ class StreamedBatches:
                 _check_damaged(damaged, seen)
             if whole_pass and seen - len(damaged) == good_before:
                 raise InputError(
-                    "dataset: the stream has no image for this process: use fewer processes, or a split of more files"
+                    "dataset: the stream has no image for this process: use fewer processes, or a split with more files"
                 )
             epoch, taken = epoch + 1, 0
 
