@@ -8,7 +8,6 @@ preprocessing to the image size of the model (224, 384 for BLIP and 512 for Smol
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -111,7 +110,7 @@ def measure(name: str, images: int, threads: int) -> None:
     import torch
     from PIL import Image
 
-    from nanovlm_hf.devices import default_device
+    from nanovlm_hf.devices import default_device, peak_memory_mib
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -133,12 +132,10 @@ def measure(name: str, images: int, threads: int) -> None:
         if number:  # the first is a warm-up
             seconds.append(time.perf_counter() - start)
     assert tokens.shape[1] >= NEW_TOKENS
-    if device == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(json.dumps({"seconds": statistics.median(seconds), "memory": memory, "parameters": parameters}))
+    print(
+        json.dumps({"seconds": statistics.median(seconds), "memory": peak_memory_mib(device), "parameters": parameters})
+    )
 
 
 def main() -> None:

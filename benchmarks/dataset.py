@@ -8,7 +8,6 @@ them with both variants, each in its own process, and loads them. The reference 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -71,20 +70,21 @@ def build(folder: Path, images: int) -> None:
     """Print the seconds for Parquet files and card, and the peak memory (MiB) after imports, reading and building."""
     from nanovlm_hf.data.build import Builder
     from nanovlm_hf.data.sources import read_all_captions, read_descriptions
+    from nanovlm_hf.devices import peak_memory_mib
     from nanovlm_hf.hub.dataset_card import write_card
 
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = peak_memory_mib()
     start = time.perf_counter()
     captions = read_all_captions([folder / f"captions{images}.json"], [folder / "images"])
     texts = read_descriptions(folder / f"texts{images}.jsonl")
-    read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read = peak_memory_mib()
     builder = Builder(folder / f"data{images}", with_images=True)
     builder.run(captions, texts)
     written = time.perf_counter()
     write_card(folder / f"data{images}")
     card = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps([written - start, card - written, base / 1024, read / 1024, peak / 1024]))
+    peak = peak_memory_mib()
+    print(json.dumps([written - start, card - written, base, read, peak]))
 
 
 LOAD = """

@@ -133,7 +133,7 @@ def main() -> None:
         }
         seconds = median_seconds(calls, arguments.rounds, warm_up=len(items))
     seconds = {runtime: time / 2 if "Chromium" in runtime else time for runtime, time in seconds.items()}
-    print(f"{name}, {arguments.threads} threads, PyTorch {seconds['PyTorch'] * 1000:.0f} ms a completion")
+    print(f"{name}, {arguments.threads} threads, PyTorch {seconds['PyTorch'] * 1000:.0f} ms per completion")
     print(f"{'runtime':<20} {'weights':>10} {'time':>8} {'equal texts':>12}")
     for runtime in runtimes:
         equal = sum(one == other for one, other in zip(texts[runtime], texts["PyTorch"], strict=True))

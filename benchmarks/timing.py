@@ -1,4 +1,4 @@
-"""Timing several things in turns, so that whatever else the machine does falls on all of them alike."""
+"""Time several calls in turns, so that other load on the machine affects all of them alike."""
 
 import statistics
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def median_seconds(calls: dict[str, Callable[[int], object]], rounds: int, warm_up: int) -> dict[str, float]:
-    """Median seconds of each call over `rounds`, after `warm_up` rounds that are not counted; each gets the round."""
+    """Return the median seconds of each call over `rounds`, after `warm_up` rounds; a call receives its round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warm_up + rounds):
         for name, call in calls.items():

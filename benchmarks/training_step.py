@@ -29,7 +29,7 @@ from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.devices import choose_precision, cpu_has_bf16
 from nanovlm_hf.training.arguments import RunArguments
 from nanovlm_hf.training.batches import TrainingBatches
-from nanovlm_hf.training.cpu import keep_freed_memory, write_out_attention
+from nanovlm_hf.training.cpu import keep_freed_memory, use_eager_attention
 from nanovlm_hf.training.loss import CompletionObjective
 from nanovlm_hf.training.optimizers import optimizers_of
 from nanovlm_hf.training.step import to_device
@@ -56,7 +56,7 @@ def project_loop(
 ) -> Callable[[int], None]:
     model = NanoVLMForConditionalGeneration(copy.deepcopy(config))  # a model sets the attention in its config
     if in_bf16 and not fused_attention:
-        write_out_attention(model)
+        use_eager_attention(model)
     objective = CompletionObjective(model).train()
     fields = RunArguments(dataset="data", output_dir="runs", optimizer=optimizer)
     optimizers = optimizers_of(model, fields, muon_in_bf16=in_bf16 and cpu_has_bf16())

@@ -45,11 +45,14 @@ def cpu_count() -> int:
         return os.cpu_count() or 1
 
 
-def peak_memory_mib() -> int | None:
-    """Return the peak resident memory of this process in MiB, or None on Windows, which has no `getrusage`.
+def peak_memory_mib(device: torch.device | None = None) -> int | None:
+    """Return the peak memory in MiB: what PyTorch allocated on a CUDA device, else what this process had resident.
 
-    On Linux it is `VmHWM` of /proc: `ru_maxrss` includes the memory of the process that started this one.
+    On Linux the latter is `VmHWM` of /proc: `ru_maxrss` includes the memory of the process that started this one. On
+    Windows, which has no `getrusage`, it is None.
     """
+    if device is not None and device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
     with contextlib.suppress(OSError, IndexError):
         return int(_STATUS.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) // 2**10
     try:

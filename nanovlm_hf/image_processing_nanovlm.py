@@ -21,7 +21,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import TensorType, is_torch_tensor
 
-from .pillow_nanovlm import central_square, to_rgb
+from .pillow_nanovlm import central_square, scale_and_shift, to_rgb
 from .tensor_images_nanovlm import FILTERS, prepare_tensor, to_tensor
 
 SETTINGS = (
@@ -243,17 +243,11 @@ def _rescale_and_normalise(pixels: torch.Tensor, settings: dict[str, Any]) -> to
     """Return an image (channels, height, width) rescaled and normalised by one multiplication and one addition."""
     if not settings["do_rescale"] and not settings["do_normalize"]:
         return pixels
-    scale = np.float32(settings["rescale_factor"] if settings["do_rescale"] else 1.0)
-    shift = np.float32(0.0)
-    if settings["do_normalize"]:
-        std = np.asarray(settings["image_std"], np.float32)
-        mean = np.asarray(settings["image_mean"], np.float32)
-        for name, values in (("image_mean", mean), ("image_std", std)):
-            if len(values) != len(pixels):
-                raise ValueError(f"{name}: {len(values)} numbers for an image of {len(pixels)} channels")
-        scale, shift = scale / std, -mean / std
-    factor, summand = (torch.as_tensor(one, device=pixels.device).reshape(-1, 1, 1) for one in (scale, shift))
-    return pixels.float() * factor + summand
+    for name in ("image_mean", "image_std"):
+        if settings["do_normalize"] and len(settings[name]) != len(pixels):
+            raise ValueError(f"{name}: {len(settings[name])} numbers for an image of {len(pixels)} channels")
+    scale, shift = (torch.as_tensor(one, device=pixels.device) for one in scale_and_shift(settings))
+    return pixels.float() * scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
 
 
 __all__ = ["NanoVLMImageProcessor"]

@@ -15,6 +15,8 @@ PRESETS = {
     "base": {"n_blks": 3, "n_layer": 8, "n_head": 8, "head_size": 16, "n_embd": 128, "img_embd_dim": 512},
     "large": {"n_blks": 5, "n_layer": 10, "n_head": 16, "head_size": 12, "n_embd": 192, "img_embd_dim": 512},
 }
+# The sizes that a run can set instead of those of its preset; `n_embd` follows from them.
+PAPERS_NAMES = ("n_blks", "n_layer", "n_head", "head_size", "img_embd_dim")
 
 
 def config_fields(
@@ -90,4 +92,4 @@ def _layer_parameters(config: Any) -> int:
     return attention + mlp + 4 * width
 
 
-__all__ = ["PRESETS", "config_fields", "parameter_counts", "projector_widths"]
+__all__ = ["PAPERS_NAMES", "PRESETS", "config_fields", "parameter_counts", "projector_widths"]

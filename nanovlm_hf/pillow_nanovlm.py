@@ -1,8 +1,9 @@
-"""Convert Pillow images of any mode to upright RGB, with Pillow and NumPy alone."""
+"""Convert Pillow images of any mode to upright RGB, and normalise their pixels, with Pillow and NumPy alone."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -75,4 +76,20 @@ def to_rgb(image: Image.Image, upright: bool = True, white: float | None = None)
     return image.convert("RGB")
 
 
-__all__ = ["SIDEWAYS", "central_square", "orientation_of", "to_rgb", "turn", "white_of"]
+def scale_and_shift(settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what pixel values are multiplied by and what is then added, to rescale and normalise them.
+
+    Args:
+        settings: `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean` and `image_std` of the image processor.
+
+    Returns:
+        Two float32 arrays: (channels,), or () without normalisation.
+    """
+    scale = np.asarray(settings["rescale_factor"] if settings["do_rescale"] else 1.0, np.float32)
+    if not settings["do_normalize"]:
+        return scale, np.zeros((), np.float32)
+    mean, std = (np.asarray(settings[name], np.float32) for name in ("image_mean", "image_std"))
+    return scale / std, -mean / std
+
+
+__all__ = ["SIDEWAYS", "central_square", "orientation_of", "scale_and_shift", "to_rgb", "turn", "white_of"]

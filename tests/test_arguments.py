@@ -111,16 +111,16 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "there is no list of 'field: value' lines"),
-        ("just words", "there is no list of 'field: value' lines"),
+        ("", "expected a mapping of field names to values"),
+        ("just words", "expected a mapping of field names to values"),
         ("seed: 1\nseed: 2\n", "duplicate key 'seed', line 2"),
         ("seed: 1\n<<: {seed: 2}\n", "merge keys are not supported"),
-        ("seed: {a: 1}\n", "seed: takes a plain value"),
+        ("seed: {a: 1}\n", "seed: expected a number or a text"),
         ("seed: [1, 2]\n", "seed: takes one value, not a list"),
-        ("texts: [[short]]\n", "texts: takes a plain value"),
-        ("texts: {short: 1}\n", "texts: takes a plain value"),
+        ("texts: [[short]]\n", "texts: expected a number or a text"),
+        ("texts: {short: 1}\n", "texts: expected a number or a text"),
         ("texts: [short, --overwrite, 'true']\n", "texts: "),
-        ("dataset: !!binary aGVsbG8=\n", "dataset: takes a plain value"),
+        ("dataset: !!binary aGVsbG8=\n", "dataset: expected a number or a text"),
         ("1: 2\n", "there is no field '1'"),
         ("[a]: 2\n", "cannot be read as YAML"),
         ("? {a: b}\n: 2\n", "cannot be read as YAML"),
@@ -180,7 +180,10 @@ def test_a_config_that_is_not_a_regular_file_is_refused(tmp_path):
 
 def test_the_script_ends_with_one_line_and_code_2(train, tmp_path):
     path = config(tmp_path, "learning_rate: .nan\n")
-    assert train("--config", path, *REQUIRED) == (2, f"train.py: {path}: learning_rate: nan is not a number\n")
+    assert train("--config", path, *REQUIRED) == (
+        2,
+        f"nanovlm_hf.training: {path}: learning_rate: nan is not a number\n",
+    )
 
 
 def test_help_names_every_field(train, monkeypatch, capsys):
@@ -212,7 +215,7 @@ def test_the_module_can_be_launched_as_the_script_is(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert f"train.py: dataset: {tmp_path / 'nowhere'} (short): cannot be loaded" in done.stderr
+    assert f"nanovlm_hf.training: dataset: {tmp_path / 'nowhere'} (short): cannot be loaded" in done.stderr
 
 
 def test_a_packaged_config_is_found_by_name(tmp_path, monkeypatch):
@@ -254,7 +257,6 @@ def test_choices_are_those_of_presets_and_variants():
         (("--optimizer", "muon", "--muon_learning_rate", "0.01"), "muon", 0.01),
         (("--config", "mini_short"), "muon", 3e-3),
         (("--config", "mini_short", "--optimizer", "adamw"), "adamw", 0.0),
-        (("--config", "mini_short", "--muon_learning_rate", "0"), "adamw", 0.0),  # from before there was `optimizer`
     ],
 )
 def test_the_optimizer_and_its_learning_rate(options, optimizer, rate):
@@ -269,6 +271,12 @@ def test_a_learning_rate_of_muon_without_muon_is_refused():
         assert problem == (
             "muon_learning_rate: 0.003 has no effect with optimizer adamw: add --optimizer muon, or set it to 0"
         )
+
+
+@pytest.mark.parametrize("options", [("--optimizer", "muon"), ("--config", "mini_short")])
+def test_muon_without_a_learning_rate_is_refused(options):
+    problem = problem_of(*REQUIRED, *options, "--muon_learning_rate", "0")
+    assert problem == "muon_learning_rate: 0.0 is not above 0: raise it, or set optimizer adamw"
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,9 @@ def test_runs_that_cannot_be_averaged(runs, mean, toy, tmp_path, fresh_accelerat
         options = options_for(toy, tmp_path / name, "--max_steps", 1, *options)
         return loop.train(read_arguments(options)).path
 
-    with pytest.raises(InputError, match=r"full: has another architecture or tokenizer than .*seed_1"):
+    with pytest.raises(InputError, match=r"full: its architecture or tokenizer differs from that of .*seed_1"):
         average.average([runs[0], other("full", "--vision_feature_select_strategy", "full")], tmp_path / "out")
-    with pytest.raises(InputError, match="fewer: was evaluated on other images or texts"):
+    with pytest.raises(InputError, match="fewer: was evaluated on images or texts that differ"):
         average.average([runs[0], other("fewer", "--eval_samples", 5)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

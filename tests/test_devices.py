@@ -90,7 +90,8 @@ import os, pathlib, sys
 from transformers import AutoImageProcessor, Trainer  # may need them on Linux
 sys.modules["resource"] = None
 del os.sched_getaffinity
-from nanovlm_hf.training import image_store, loop, metrics, provenance, streaming, with_trainer
+from nanovlm_hf.data import image_store
+from nanovlm_hf.training import loop, metrics, provenance, streaming, with_trainer
 import nanovlm_hf.data.build, nanovlm_hf.evaluation.completions
 from nanovlm_hf import devices
 import torch
@@ -111,6 +112,13 @@ def test_peak_memory_is_in_mib():
     model = tiny_model()
     assert sum(weight.numel() for weight in model.parameters()) > 0
     assert 50 < devices.peak_memory_mib() < 100_000
+    assert 50 < devices.peak_memory_mib(torch.device("cpu")) < 100_000
+
+
+def test_peak_memory_of_a_gpu_is_what_pytorch_allocated(monkeypatch):
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda of: {device: 3 * 2**20 + 7}[of])
+    assert devices.peak_memory_mib(device) == 3
 
 
 @pytest.mark.slow

@@ -239,7 +239,8 @@ def test_a_path_next_to_the_bytes_is_not_opened(secret, tmp_path, monkeypatch):
 
 
 def test_training_refuses_rows_that_name_files(secret, tmp_path):
-    from nanovlm_hf.training import image_store, streaming
+    from nanovlm_hf.data import image_store
+    from nanovlm_hf.training import streaming
 
     dataset = with_photos(tmp_path / "data", [PHOTO, {"bytes": None, "path": str(secret / "passport.jpg")}])
     processor = NanoVLMImageProcessor()

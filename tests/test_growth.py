@@ -10,7 +10,7 @@ from matplotlib import get_data_path
 from PIL import Image
 
 from nanovlm_hf import SHIPPED, InputError, NanoVLMConfig, NanoVLMForConditionalGeneration
-from nanovlm_hf.training import setup
+from nanovlm_hf.training import initial_model
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.growth import grow, grow_vision_encoder
 
@@ -63,7 +63,7 @@ def test_added_layers_receive_gradients():
 @pytest.mark.parametrize(("preset", "smaller"), [("base", "mini-short"), ("large", "base-short")])
 def test_a_larger_model_starts_close_to_the_smaller_one(preset, smaller):
     torch.manual_seed(0)
-    larger, processor = setup.model_and_processor(arguments("--preset", preset, "--grow_from", smaller))
+    larger, processor = initial_model.model_and_processor(arguments("--preset", preset, "--grow_from", smaller))
     source = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED[smaller], dtype=torch.float32)
     with Image.open(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg") as photo:
         inputs = processor(images=photo, text="A man in a black hat", return_tensors="pt")
@@ -85,10 +85,10 @@ def test_a_smaller_decoder_keeps_its_random_weights():
 
 def test_a_larger_or_incompatible_encoder_is_refused():
     with pytest.raises(InputError, match="its encoder's hidden_size is 512, this model's is 400"):
-        setup.model_and_processor(arguments("--n_blks", 3, "--grow_from", "base-short"))
+        initial_model.model_and_processor(arguments("--n_blks", 3, "--grow_from", "base-short"))
     sizes = ("--n_head", 12, "--img_embd_dim", 480, "--head_size", 8)
     with pytest.raises(InputError, match="its encoder has 8 heads, this model's 12 and a hidden_size of 480"):
-        setup.model_and_processor(arguments("--grow_from", "mini-short", *sizes))
+        initial_model.model_and_processor(arguments("--grow_from", "mini-short", *sizes))
     with pytest.raises(InputError, match="its encoder has 2 layers, this model's 1"):
         grow(make_model(1), make_model(2))
     with pytest.raises(InputError, match="its encoder's patch_size is 32, this model's is 16"):
@@ -97,7 +97,7 @@ def test_a_larger_or_incompatible_encoder_is_refused():
 
 def test_grow_from_a_model_with_fewer_image_tokens():
     options = ("--grow_from", "mini-short", "--vision_feature_select_strategy", "full")
-    model, processor = setup.model_and_processor(arguments(*options))
+    model, processor = initial_model.model_and_processor(arguments(*options))
     shipped = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED["mini-short"], dtype=torch.float32)
     for name, value in shipped.model.vision_tower.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[name], value), name
@@ -109,7 +109,7 @@ def test_grow_from_a_model_with_fewer_image_tokens():
 
 
 def test_init_from_uses_the_dropout_of_the_run():
-    model, _ = setup.model_and_processor(arguments("--init_from", "mini-short", "--dropout", 0.3))
+    model, _ = initial_model.model_and_processor(arguments("--init_from", "mini-short", "--dropout", 0.3))
     assert model.model.vision_tower.layers[0].dropout.p == 0.3
     assert model.config.text_config.hidden_dropout == 0.3
 
@@ -118,20 +118,20 @@ def test_init_from_uses_the_dropout_of_the_run():
     "options", [("--preset", "base"), ("--n_layer", 2), ("--vision_feature_select_strategy", "full")]
 )
 def test_init_from_refuses_other_sizes(options):
-    with pytest.raises(InputError, match="has other sizes than this run: set the same sizes, or use grow_from"):
-        setup.model_and_processor(arguments("--init_from", "mini-short", *options))
+    with pytest.raises(InputError, match="has different sizes from this run: set the same sizes, or use grow_from"):
+        initial_model.model_and_processor(arguments("--init_from", "mini-short", *options))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
-    _, processor = setup.model_and_processor(arguments())
+    _, processor = initial_model.model_and_processor(arguments())
     processor.save_pretrained(tmp_path)
     make_model(1).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has 50 tokens in its model and 5120 in its tokenizer"):
-        setup.model_and_processor(arguments("--grow_from", tmp_path))
+        initial_model.model_and_processor(arguments("--grow_from", tmp_path))
 
 
 def test_patch_dropout_requires_the_cls_strategy():
-    config = setup.model_config(arguments("--patch_dropout", 0.5), 50)
+    config = initial_model.model_config(arguments("--patch_dropout", 0.5), 50)
     assert config.vision_config.patch_dropout == 0.5
     with pytest.raises(InputError, match=r"patch_dropout: 0.5 needs vision_feature_select_strategy cls, not full"):
         arguments("--patch_dropout", 0.5, "--vision_feature_select_strategy", "full")
@@ -158,7 +158,7 @@ def test_a_wider_encoder_starts_close_to_mini(preset, likeness):
 @pytest.mark.slow
 def test_decoder_and_vision_encoder_from_different_checkpoints():
     options = ("--preset", "base", "--init_from", "base-short", "--grow_from", "mini-short")
-    model, _ = setup.model_and_processor(arguments(*options))
+    model, _ = initial_model.model_and_processor(arguments(*options))
     base, mini = (
         NanoVLMForConditionalGeneration.from_pretrained(SHIPPED[name], dtype=torch.float32)
         for name in ("base-short", "mini-short")
@@ -195,17 +195,17 @@ def test_a_checkpoint_with_other_settings_is_refused(tmp_path, part, name, value
     folder = changed(tmp_path / "other", name, value, part)
     with pytest.raises(
         InputError,
-        match=rf"init_from: .*( is of another kind .* its ({part}\.)?{name} is |<image> at 3, config.json at 4)",
+        match=rf"init_from: .*( has a different .* its ({part}\.)?{name} is |<image> at 3, config.json at 4)",
     ):
-        setup.model_and_processor(arguments("--init_from", folder))
+        initial_model.model_and_processor(arguments("--init_from", folder))
     with pytest.raises(InputError, match=rf"grow_from: .*(its \w+'s {name} is |<image> at 3, config.json at 4)"):
-        setup.model_and_processor(arguments("--preset", "base", "--grow_from", folder))
+        initial_model.model_and_processor(arguments("--preset", "base", "--grow_from", folder))
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout", "initializer_range"])
 def test_settings_of_training_may_differ(tmp_path, name):
     folder = changed(tmp_path / "other", name, 0.25, "text_config")
-    model, _ = setup.model_and_processor(arguments("--init_from", folder))
+    model, _ = initial_model.model_and_processor(arguments("--init_from", folder))
     shipped = NanoVLMForConditionalGeneration.from_pretrained(SHIPPED["mini-short"], dtype=torch.float32)
     for own, others in zip(model.parameters(), shipped.parameters(), strict=True):
         assert torch.equal(own, others)
@@ -217,14 +217,14 @@ def test_an_untied_checkpoint_is_refused_by_a_tied_model(tmp_path):
     untied = NanoVLMForConditionalGeneration(config)
     assert not torch.equal(untied.lm_head.weight, untied.get_input_embeddings().weight)
     untied.save_pretrained(tmp_path)
-    setup.model_and_processor(arguments())[1].save_pretrained(tmp_path)
+    initial_model.model_and_processor(arguments())[1].save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"init_from: .*tie_word_embeddings is False, this run's is True"):
-        setup.model_and_processor(arguments("--init_from", tmp_path))
+        initial_model.model_and_processor(arguments("--init_from", tmp_path))
     with pytest.raises(InputError, match="grow_from: its model's tie_word_embeddings is False, this model's is True"):
-        setup.model_and_processor(arguments("--preset", "base", "--grow_from", tmp_path))
+        initial_model.model_and_processor(arguments("--preset", "base", "--grow_from", tmp_path))
     # Its vision encoder can still be combined with another decoder.
     options = ("--init_from", "mini-short", "--grow_from", tmp_path)
-    model, _ = setup.model_and_processor(arguments(*options))
+    model, _ = initial_model.model_and_processor(arguments(*options))
     assert torch.equal(model.model.vision_tower.embeddings.cls_token, untied.model.vision_tower.embeddings.cls_token)
 
 
@@ -237,14 +237,14 @@ def test_other_image_preprocessing_is_refused(tmp_path):
 
     small = settings(tmp_path / "small", size={"height": 192, "width": 192})
     with pytest.raises(InputError, match=r"init_from: .*size is 192 x 192, the model takes 224 x 224"):
-        setup.model_and_processor(arguments("--init_from", small))
+        initial_model.model_and_processor(arguments("--init_from", small))
     raw = settings(tmp_path / "raw", do_normalize=False)
     with pytest.raises(InputError, match=r"grow_from: .* does not resize, rescale and normalise its images"):
-        setup.model_and_processor(arguments("--preset", "base", "--grow_from", raw))
+        initial_model.model_and_processor(arguments("--preset", "base", "--grow_from", raw))
     dark = settings(tmp_path / "dark", image_mean=[0.1, 0.1, 0.1])
     with pytest.raises(InputError, match=r"grow_from: .*dark prepares images differently from .*mini-short"):
-        setup.model_and_processor(arguments("--init_from", "mini-short", "--grow_from", dark))
-    _, processor = setup.model_and_processor(arguments("--init_from", dark))
+        initial_model.model_and_processor(arguments("--init_from", "mini-short", "--grow_from", dark))
+    _, processor = initial_model.model_and_processor(arguments("--init_from", dark))
     assert processor.image_processor.image_mean == [0.1, 0.1, 0.1]
 
 
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, field):
         shutil.copytree(SHIPPED["mini-short"], folder)
         (folder / name).write_bytes(damage)
         with pytest.raises(InputError) as caught:
-            setup.model_and_processor(arguments(f"--{field}", folder))
+            initial_model.model_and_processor(arguments(f"--{field}", folder))
         assert str(folder) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -268,4 +268,4 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, field):
 @pytest.mark.parametrize("options", [("--n_layer", 10**6), ("--img_embd_dim", 2**20), ("--head_size", 10**7)])
 def test_impossible_sizes_are_refused_immediately(options):
     with pytest.raises(InputError, match="is not an integer from 1 to"):
-        setup.model_and_processor(arguments(*options))
+        initial_model.model_and_processor(arguments(*options))

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Value, config
 from datasets import Image as HubImage
 
 from nanovlm_hf import InputError, NanoVLMImageProcessor
-from nanovlm_hf.training import image_store
+from nanovlm_hf.data import image_store
 
 from helpers.runs import ROOT
 from helpers.toy_data import jpeg_of, square
@@ -142,7 +142,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_image_store import rows
 from nanovlm_hf import NanoVLMImageProcessor
-from nanovlm_hf.training import image_store
+from nanovlm_hf.data import image_store
 images, kept = image_store.decode_once(rows(60), NanoVLMImageProcessor())
 print(images.sum(), len(kept))
 """

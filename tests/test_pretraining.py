@@ -9,15 +9,15 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ResNetConfig, ResNetModel, set_seed
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, cli
+from nanovlm_hf.data.image_store import decode_once
 from nanovlm_hf.data.rows import load
 from nanovlm_hf.evaluation.probe import linear_probe, probe_data
 from nanovlm_hf.image_processing_nanovlm import NanoVLMImageProcessor
 from nanovlm_hf.training import distillation, loop
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
-from nanovlm_hf.training.image_store import decode_once
+from nanovlm_hf.training.initial_model import model_and_processor, tokenizer_in
 from nanovlm_hf.training.loss import CompletionObjective
-from nanovlm_hf.training.setup import model_and_processor, tokenizer_in
 from nanovlm_hf.training.text_files import TextFile
 from nanovlm_hf.training.texts import TokenizedTexts
 from nanovlm_hf.vision_encoders import load_vision_encoder
@@ -190,7 +190,9 @@ def test_the_texts_of_a_step_do_not_depend_on_its_parts(tokenizer, tmp_path):
     images = np.zeros((4, 32, 32, 3), np.uint8)
     batches = TrainingBatches(images, rows, list(range(4)), weights=[1.0, 0.5], **settings)
     assert [len(one["input_ids"]) for one in batches[0]["texts"]] == [2, 1]
-    with pytest.raises(InputError, match=r"text_weights: 0\.1 of .*texts\.jsonl is no text for the 2 images of a step"):
+    with pytest.raises(
+        InputError, match=r"a weight of 0\.1 gives less than one text of .*texts\.jsonl per step of 2 images"
+    ):
         TrainingBatches(images, rows, list(range(4)), weights=[1.0, 0.1], **settings)
 
 

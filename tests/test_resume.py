@@ -17,14 +17,14 @@ import torch
 from nanovlm_hf import InputError
 from nanovlm_hf.training import loop
 from nanovlm_hf.training.arguments import read_arguments
-from nanovlm_hf.training.run_directory import LOCK, SAMPLES_PAGE, RunDirectory, locked_run_directory
+from nanovlm_hf.training.run_directory import COMPLETE, LOCK, SAMPLES_PAGE, RunDirectory, locked_run_directory
 from nanovlm_hf.training.run_record import RECORD
 from nanovlm_hf.training.run_removal import check_removable
 
 from helpers.runs import CONFIG, Payload, alone, command, launch, measured, metrics, toy_options, wait_for, weights
 
 # A model of 37,000 parameters, so that a run takes seconds and a state little space.
-TINY = {"n_blks": 1, "n_layer": 1, "n_head": 4, "head_size": 4, "img_embd_dim": 16, "muon_learning_rate": 0}
+TINY = {"n_blks": 1, "n_layer": 1, "n_head": 4, "head_size": 4, "img_embd_dim": 16, "optimizer": "adamw"}
 TINY |= {"eval_samples": 4, "per_device_train_batch_size": 2, "warmup_steps": 2, "logging_steps": 1}
 TINY |= {"mixed_precision": "no"}
 
@@ -36,7 +36,7 @@ def tiny(train, toy):
     def call(out, **fields):
         options = (text for name, value in (TINY | fields).items() for text in (f"--{name}", value))
         code, errors = train("--config", CONFIG, *toy_options(toy, out), *options)
-        return code, "\n".join(line for line in errors.splitlines() if line.startswith("train.py: "))
+        return code, "\n".join(line for line in errors.splitlines() if line.startswith("nanovlm_hf.training: "))
 
     return call
 
@@ -62,7 +62,7 @@ def killed(finished, tmp_path):
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "states" / "step-00000003")
     shutil.rmtree(folder / "last")
-    (folder / SAMPLES_PAGE).unlink()
+    RunDirectory(folder, exist_ok=True).mark_incomplete()
     return folder
 
 
@@ -91,7 +91,7 @@ def test_a_complete_run_without_states_is_not_begun_again(tiny, finished, tmp_pa
     before.pop(LOCK, None)
     code, errors = tiny(run, **FINISHED, resume="auto")
     assert code == 1
-    assert "is complete, but its states/ are gone" in one_line(errors)
+    assert "is complete, but its folder states/ is gone" in one_line(errors)
     assert {name: content for name, content in content_of(run).items() if name != LOCK} == before
     code, errors = tiny(run, **FINISHED, resume="auto", overwrite="true")
     assert "overwrite: true removes the run that resume auto asks for" in one_line(errors)
@@ -102,7 +102,7 @@ def test_an_earlier_state_replaces_the_later_ones(tiny, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "last")
-    (run / SAMPLES_PAGE).unlink()
+    RunDirectory(run, exist_ok=True).mark_incomplete()
     damaged = run / "states" / "step-00000003" / "optimizer.bin"
     damaged.write_bytes(b"")
     fields = FINISHED | {"save_total_limit": 1}
@@ -122,7 +122,7 @@ def test_no_code_of_a_run_directory_is_run(tiny, killed, tmp_path, name, auto):
     torch.save({"state": Payload(tmp_path / "ran"), "torch_manual_seed": Payload(tmp_path / "ran")}, state / name)
     code, errors = tiny(killed, **FINISHED, resume="auto" if auto else state)
     assert code == 1
-    assert one_line(errors).startswith(f"train.py: resume: {state}")
+    assert one_line(errors).startswith(f"nanovlm_hf.training: resume: {state}")
     assert not (tmp_path / "ran").exists()
 
 
@@ -177,7 +177,7 @@ def test_another_number_of_processes_is_rejected(tiny, killed):
     (killed / RECORD).write_text(record.replace("processes: 1", "processes: 2"))
     code, errors = tiny(killed, **FINISHED, resume="auto")
     assert code == 1
-    assert "resume: 2 processes trained before, 1 do now: use the same number" in one_line(errors)
+    assert "resume: the number of processes was 2 and is 1 now: use the same" in one_line(errors)
 
 
 def test_a_finished_run_is_not_changed(tiny, finished, tmp_path, capsys):
@@ -187,11 +187,23 @@ def test_a_finished_run_is_not_changed(tiny, finished, tmp_path, capsys):
     for resume in ("auto", folder / "states" / "step-00000003"):
         assert tiny(folder, **FINISHED, resume=resume) == (0, "")
         assert content_of(folder) == before
-    (folder / SAMPLES_PAGE).unlink()  # as a kill after the last state would leave it
+    RunDirectory(folder, exist_ok=True).mark_incomplete()  # as a kill after the last state would leave it
     shutil.rmtree(folder / "last")
     assert tiny(folder, **FINISHED, resume="auto") == (0, "")
     assert weights(folder) == weights(finished)
     assert (folder / SAMPLES_PAGE).exists()
+    assert (folder / COMPLETE).exists()
+
+
+@pytest.mark.parametrize("name", [SAMPLES_PAGE, COMPLETE])
+def test_a_complete_run_stays_complete(tiny, finished, tmp_path, name):
+    """Without its page, which its user may delete, and without the mark, which runs of earlier versions lack."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / name).unlink()
+    before = content_of(folder)
+    assert tiny(folder, **FINISHED, resume="auto") == (0, "")
+    assert content_of(folder) == before
 
 
 def test_early_stopping_is_final(toy, tmp_path, capsys, fresh_accelerate):
@@ -237,7 +249,7 @@ def test_a_run_of_two_processes_is_locked_until_it_is_killed(tmp_path, toy):
         for start in (command(toy, out, 2, **fields), alone(toy, out, **fields)):
             second = subprocess.run(start, capture_output=True, text=True, timeout=900)
             assert second.returncode == 1
-            assert f"train.py: output_dir: another process is working on {out}: wait for it" in second.stderr
+            assert f"nanovlm_hf.training: output_dir: another process is working on {out}: wait for it" in second.stderr
     finally:
         for process in processes:
             process.kill()
@@ -427,10 +439,10 @@ def test_an_unexpected_error_gives_one_line_that_mentions_nanovlm_debug(tiny, tm
     monkeypatch.setattr(loop, "load_splits", lambda *_: 1 // 0)
     code, errors = tiny(tmp_path / "run")
     assert code == 1
-    assert errors.startswith("train.py: unexpected ZeroDivisionError")
+    assert errors.startswith("nanovlm_hf.training: unexpected ZeroDivisionError")
     assert errors.endswith("run with NANOVLM_DEBUG=1 for the traceback")
     monkeypatch.setattr(loop, "load_splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert tiny(tmp_path / "run") == (130, "train.py: stopped")
+    assert tiny(tmp_path / "run") == (130, "nanovlm_hf.training: stopped")
 
 
 @pytest.mark.slow

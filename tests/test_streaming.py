@@ -233,4 +233,4 @@ def test_a_stream_is_resumed_by_the_same_number_of_processes(train, tmp_path, to
     progress.write_text(progress.read_text().replace('"positions": [[0, 0]]', '"positions": [[0, 0], [0, 0]]'))
     code, errors = train(*options, "--resume", "auto")
     assert code == 1
-    assert "resume: 2 processes read the stream before, 1 do now: use the same number" in errors
+    assert "resume: the stream was read by 2 processes and is now read by 1: use the same number" in errors

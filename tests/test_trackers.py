@@ -54,7 +54,7 @@ def test_a_tracker_that_fails_is_named(train, tmp_path, toy, monkeypatch, method
     options = ("--max_steps", 1, "--eval_samples", 2, "--trackers", "tensorboard")
     code, errors = train(*tiny_options(toy, tmp_path / "run"), *options)
     assert code == 1
-    assert "train.py: trackers: ConnectionError (api.wandb.ai: name resolution failed): fix it, or" in errors
+    assert "nanovlm_hf.training: trackers: ConnectionError (api.wandb.ai: name resolution failed): fix it, or" in errors
     assert "Traceback" not in errors
     assert "cannot be written" not in errors
 
@@ -62,4 +62,4 @@ def test_a_tracker_that_fails_is_named(train, tmp_path, toy, monkeypatch, method
 def test_a_tracker_that_is_not_installed_is_named(train, tmp_path, toy):
     code, errors = train(*tiny_options(toy, tmp_path / "run"), "--trackers", "tensorboard", "comet_ml")
     assert code == 1
-    assert "train.py: trackers: comet_ml is not installed: install it, or leave it out" in errors
+    assert "nanovlm_hf.training: trackers: comet_ml is not installed: install it, or leave it out" in errors

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from nanovlm_hf import InputError, NanoVLMConfig, NanoVLMForConditionalGeneration, NanoVLMImageProcessor, devices
+from nanovlm_hf.data import image_store
 from nanovlm_hf.evaluation.grounding import measure_grounding
 from nanovlm_hf.evaluation.likelihood import Likelihood
-from nanovlm_hf.training import augmentation, image_store, loop, metrics, setup, step
+from nanovlm_hf.training import augmentation, data, initial_model, loop, metrics, samples, step
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
 from nanovlm_hf.training.export import export
@@ -31,6 +32,29 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_without_a_best_model_is_not_exported(tmp_path):
     with pytest.raises(InputError, match="there is no best/ in this run"):
         export(tmp_path, tmp_path / "out", "mini-short")
+
+
+def test_the_page_of_samples_escapes_texts(tmp_path):
+    run = RunDirectory(tmp_path / "a <b>")
+    sample = {"image_id": 7, "prefix": "A <i>", "text": "A <i> & {{ 1 }}", "reference": "<script>"}
+    run.add_samples([{"step": number} | sample | {"image_id": image_id} for number in (1, 2) for image_id in (7, 8)])
+    split = data.Split(np.zeros((1, 32, 32, 3), dtype=np.uint8), None, [7])
+    samples.write_page(run, split)
+    page = (run.path / "samples.html").read_text()
+    assert (page.count("<img "), page.count("step ")) == (1, 2), "image 8 is not in the split"
+    assert "<b>A &lt;i&gt;</b> &amp; {{ 1 }}" in page
+    assert "<title>a &lt;b&gt;: completions" in page
+    assert "<script" not in page
+
+
+def test_a_warm_up_that_outlasts_the_run_is_reported(train, tmp_path, toy):
+    options = (*tiny_options(toy, tmp_path / "run"), "--optimizer", "adamw", "--max_steps", 2)
+    code, errors = train(*options, "--warmup_steps", 2)
+    assert code == 0
+    assert "warmup_steps: the warm-up of 2 steps does not end within the 2 steps of the run" in errors
+    code, errors = train(*options, "--warmup_steps", 1, "--overwrite", "true")
+    assert code == 0
+    assert "warmup_steps" not in errors
 
 
 def test_a_kill_between_two_renames_loses_no_model(tmp_path):
@@ -75,7 +99,7 @@ def test_the_plain_config_has_nothing_beyond_the_paper():
 
 def config_of(name: str) -> tuple:
     arguments = read_arguments(["--config", str(ROOT / "training" / "configs" / f"{name}.yaml")])
-    return arguments, setup.model_config(arguments, vocab_size=5120)
+    return arguments, initial_model.model_config(arguments, vocab_size=5120)
 
 
 @pytest.mark.parametrize("preset", ["mini", "base", "large"])
@@ -370,7 +394,7 @@ def test_accumulation_weighs_tokens_not_pieces(texts):
 
 def test_the_gap_is_zero_for_a_model_that_ignores_the_image(texts, tokenizer):
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    split = setup.Split(images, texts, list(range(4)))
+    split = data.Split(images, texts, list(range(4)))
     processor = tiny_processor(tokenizer)
     blind = tiny_model()
     torch.nn.init.zeros_(blind.model.multi_modal_projector.fc2.weight)
@@ -394,11 +418,11 @@ def test_train_samples_are_the_lowest_hashes(tmp_path, toy):
     from datasets import load_dataset
 
     rows = load_dataset(str(toy / "data"), "short", split="train")
-    few, more = (set(setup._lowest_hashes(rows, count)["image_id"]) for count in (10, 30))
+    few, more = (set(data._lowest_hashes(rows, count)["image_id"]) for count in (10, 30))
     assert len(few) == 10
     assert few < more
     with pytest.raises(InputError, match="train_samples: 1000 images"):
-        setup._lowest_hashes(rows, 1000)
+        data._lowest_hashes(rows, 1000)
 
 
 def test_photos_that_do_not_decode(tmp_path, toy, monkeypatch):

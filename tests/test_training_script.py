@@ -20,7 +20,7 @@ from nanovlm_hf import NanoVLMForConditionalGeneration, NanoVLMProcessor
 from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.tokenizer import train_tokenizer_on
 from nanovlm_hf.hub.staging import stage_checkpoint
-from nanovlm_hf.training import augmentation, setup, step, with_trainer
+from nanovlm_hf.training import augmentation, data, step, with_trainer
 from nanovlm_hf.training.export import export
 from nanovlm_hf.training.run_directory import RunDirectory
 
@@ -132,7 +132,7 @@ def test_a_signal_saves_before_it_ends_a_run(train, tmp_path, toy):
         process.send_signal(number)
         errors = process.communicate(timeout=600)[1]
         assert process.returncode == 128 + number
-        assert "train.py: stopped, the state is saved: --resume auto continues" in errors
+        assert "nanovlm_hf.training: stopped, the state is saved: --resume auto continues" in errors
         assert "Traceback" not in errors
         before, saved = saved, int(folder.states()[-1].name.removeprefix("step-"))
         assert saved >= before + 4
@@ -185,7 +185,7 @@ def test_eight_images_are_memorised(train, tmp_path):
     processor = NanoVLMProcessor.from_pretrained(tmp_path / "run" / "last")
     from datasets import load_dataset
 
-    rows = setup._lowest_hashes(load_dataset(str(tmp_path / "data"), "short", split="train"), 8)
+    rows = data._lowest_hashes(load_dataset(str(tmp_path / "data"), "short", split="train"), 8)
     inputs = processor(images=rows["image"][:], text=[""] * 8, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     assert processor.batch_decode(tokens, skip_special_tokens=True) == rows["description"][:]
@@ -232,15 +232,15 @@ def test_fsdp_on_gpus(tmp_path, toy):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"ema_decay": 0.9}, "ema_decay: FSDP's sharded weights do not support EMA"),
-        ({"optimizer": "muon"}, "optimizer: muon needs whole matrices, not FSDP's shards: use ddp.yaml"),
+        ({"ema_decay": 0.9}, "ema_decay: not supported with FSDP"),
+        ({"optimizer": "muon"}, "optimizer: Muon needs unsharded matrices: launch with --multi_gpu"),
     ],
 )
 def test_fields_that_fsdp_does_not_support_are_refused(tmp_path, toy, fields, problem):
     fields = {"processes": 2, "config": "fsdp.yaml", "script": FSDP_ON_CPUS} | fields
     done = subprocess.run(command(toy, tmp_path / "run", **fields), capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
-    assert f"train.py: {problem}" in done.stderr
+    assert f"nanovlm_hf.training: {problem}" in done.stderr
 
 
 def test_fsdp_without_a_gpu_is_refused(train, tmp_path, toy, monkeypatch):
@@ -248,7 +248,7 @@ def test_fsdp_without_a_gpu_is_refused(train, tmp_path, toy, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     code, errors = train("--config", CONFIG, *toy_options(toy, tmp_path / "run"))
     assert code == 1
-    assert "there is no GPU, and on CPUs Accelerate runs DDP for FSDP" in errors
+    assert "accelerate: FSDP needs a GPU" in errors
 
 
 @pytest.mark.slow
@@ -271,13 +271,13 @@ def test_a_full_disk_leaves_the_last_state_whole(train, toy, small_disk):
     ("yaml", "options", "message"),
     [
         ("learning_rat: 0.1", (), "there is no field 'learning_rat': did you mean 'learning_rate'?"),
-        ("- a\n- b", (), "no list of 'field: value' lines"),
+        ("- a\n- b", (), "expected a mapping of field names to values"),
         ("a: [", (), "cannot be read as YAML"),
         ("learning_rate: fast", (), "invalid float value: 'fast'"),
         ("preset: huge", (), "invalid choice: 'huge'"),
         ("texts: [poem]", (), "texts: 'poem' is not one of short, long, captions"),
         ("learning_rate: 0", (), "learning_rate: 0.0 is not above 0"),
-        ("", ("--eval_steps", "0"), "no list of"),
+        ("", ("--eval_steps", "0"), "expected a mapping of field names to values"),
         ("seed: 1", ("--eval_steps", "0"), "eval_steps: 0 is less than 1"),
         ("seed: 1", ("--sed", "1"), "there is no field 'sed': did you mean 'seed'?"),
     ],
@@ -293,7 +293,7 @@ def test_wrong_fields(train, tmp_path, yaml, options, message):
 
 def test_missing_config(train, tmp_path):
     code, errors = train("--config", tmp_path / "none.yaml")
-    assert (code, errors) == (2, f"train.py: {tmp_path / 'none.yaml'}: no such file\n")
+    assert (code, errors) == (2, f"nanovlm_hf.training: {tmp_path / 'none.yaml'}: no such file\n")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_unusable_inputs_are_refused(train, tmp_path, toy, fields, message):
     fields = {"dataset": toy / "data", "tokenizer": toy / "tokenizer", "output_dir": tmp_path / "run", **fields}
     code, errors = train("--config", CONFIG, *(text for name, value in fields.items() for text in (f"--{name}", value)))
     assert code == 1
-    assert f"train.py: {message}" in errors
+    assert f"nanovlm_hf.training: {message}" in errors
     assert "Traceback" not in errors
 
 

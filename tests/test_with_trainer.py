@@ -135,10 +135,10 @@ def test_an_invalid_field_is_a_usage_error(options, problem):
 def test_the_script_ends_with_one_line(script, tmp_path):
     code, errors = script("--dataset", "data", "--preset", "huge", "--output_dir", tmp_path)
     assert (code, errors.count("\n")) == (2, 1)
-    assert errors.startswith("train_with_trainer.py: ")
+    assert errors.startswith("nanovlm_hf.training.with_trainer: ")
     code, errors = script("--dataset", tmp_path / "nowhere", "--output_dir", tmp_path)
     assert code == 1
-    assert f"train_with_trainer.py: dataset: {tmp_path / 'nowhere'} (short): cannot be loaded" in errors
+    assert f"nanovlm_hf.training.with_trainer: dataset: {tmp_path / 'nowhere'} (short): cannot be loaded" in errors
     assert "Traceback" not in errors
 
 

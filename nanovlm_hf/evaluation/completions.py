@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, FiniteFloat
 
-from ..devices import peak_memory_mib
+from ..devices import default_device, peak_memory_mib
 from ..errors import InputError, first_line, scrub
 from ..files import json_line, read_json, read_jsonl, validate, write_json
 from .fingerprints import processor_hash, weights_hash
@@ -89,7 +89,7 @@ def complete_items(
     rows = [done[item.item_id] for item in items]
     speed = _speed(rows)
     if not complete or any(before.get(field) != value for field, value in speed.items()) or _memory_of(before) is None:
-        before = about | {"memory_mib": _peak_memory(), **speed}
+        before = about | {"memory_mib": peak_memory_mib(default_device()), **speed}
         write_json(about_path, before)
     return rows, about | {"memory_mib": _memory_of(before), **speed}
 
@@ -235,10 +235,3 @@ def _reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # without it, the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int | None:
-    """Return the peak memory since `_reset_peak_memory` in MiB: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return peak_memory_mib()

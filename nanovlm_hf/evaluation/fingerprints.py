@@ -83,7 +83,7 @@ def rows_hash(rows: Any, captions: list[list[str]]) -> str:
 def measure_hash() -> str:
     """Return the hash of the constants and word lists that grounding depends on."""
     constants = [
-        grounding.MEASURES,
+        grounding.MEASUREMENT_VERSION,
         sorted(grounding.GROUPS.items()),
         foils.COLOURS,
         foils.COUNTS,

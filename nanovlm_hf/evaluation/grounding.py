@@ -11,7 +11,7 @@ from .foils import foils_of
 from .intervals import bootstrap
 from .likelihood import Likelihood
 
-MEASURES = 2  # version of what `measure_grounding` returns
+MEASUREMENT_VERSION = 2  # version of what `measure_grounding` returns
 GROUPS = {32: 10, 100: 3}  # images per retrieval group: number of groups; each costs the square of its size in texts
 
 

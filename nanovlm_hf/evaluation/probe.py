@@ -14,11 +14,11 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
+from ..data.image_store import decode_once
 from ..data.rows import load
 from ..data.splits import lowest_hashes
 from ..errors import InputError
 from ..image_processing_nanovlm import NanoVLMImageProcessor
-from ..training.image_store import decode_once
 from ..vision_encoders import VisionEncoder
 from ..words import STOP_WORDS
 

@@ -15,7 +15,7 @@ from ..completion_files import DEFAULT_NEW_TOKENS, Completion, find_images
 from ..errors import InputError, UsageError, completion_line, first_line
 from ..files import validate
 from ..images import open_image_file
-from ..pillow_nanovlm import central_square
+from ..pillow_nanovlm import central_square, scale_and_shift
 from ..untrusted_files import is_refusal, read_object, read_tokenizer
 
 if TYPE_CHECKING:
@@ -136,11 +136,7 @@ class OnnxModel:
         if settings.do_resize:
             size = (settings.size.width, settings.size.height)
             image = image.resize(size, settings.resample, reducing_gap=3.0)
-        scale = np.float32(settings.rescale_factor if settings.do_rescale else 1.0)
-        shift = np.float32(0.0)
-        if settings.do_normalize:
-            mean, std = (np.asarray(values, np.float32) for values in (settings.image_mean, settings.image_std))
-            scale, shift = scale / std, -mean / std
+        scale, shift = scale_and_shift(settings.model_dump())
         pixels = np.asarray(image).astype(np.float32) * scale + shift
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 

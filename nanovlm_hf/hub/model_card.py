@@ -25,11 +25,10 @@ from ..evaluation.report_graders import graders_tables
 from ..evaluation.templates import markdown
 from ..files import atomic_write, read_json, validate, write_json
 from ..loading import load_config
-from ..paper_nanovlm import TABLE_1
+from ..paper_nanovlm import PAPERS_NAMES, TABLE_1
 from ..training.compute import compute_statement, emissions, stages
 from ..training.lineage import command, lineage
 from ..training.run_record import RECORD, Evaluation, VariantName, checkpoint_record, images_per_step
-from ..training.setup import PAPERS_NAMES
 from ..variants import VARIANTS
 from .model_metadata import METRICS, REQUIRED, eval_results
 

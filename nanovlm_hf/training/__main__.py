@@ -3,7 +3,7 @@
 import sys
 
 from ..errors import InputError, UsageError, report
-from .arguments import read_arguments
+from .arguments import PROGRAM, read_arguments
 from .loop import train
 from .signals import StoppedError
 
@@ -12,14 +12,14 @@ def main() -> int:
     try:
         arguments = read_arguments(sys.argv[1:])
     except InputError as error:
-        return report("train.py", UsageError(str(error)))
+        return report(PROGRAM, UsageError(str(error)))
     try:
         run = train(arguments)
     except StoppedError as stop:
-        print("train.py: stopped, the state is saved: --resume auto continues", file=sys.stderr)
+        print(f"{PROGRAM}: stopped, the state is saved: --resume auto continues", file=sys.stderr)
         return 128 + stop.args[0]
     except (Exception, KeyboardInterrupt) as error:
-        return report("train.py", error)
+        return report(PROGRAM, error)
     print(f"done: {run.path}")
     return 0
 

@@ -61,5 +61,5 @@ def check_fsdp_device() -> None:
     """Raise InputError for FSDP on CPUs, for which Accelerate silently runs DDP."""
     if not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise InputError(
-            "accelerate: there is no GPU, and on CPUs Accelerate runs DDP for FSDP: use cpu.yaml or ddp.yaml"
+            "accelerate: FSDP needs a GPU; on CPUs Accelerate falls back to DDP: launch without --use_fsdp"
         )

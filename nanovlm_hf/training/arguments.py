@@ -20,13 +20,14 @@ from ..errors import InputError, first_line, scrub
 from ..files import read_yaml, validate
 from ..variants import VARIANTS
 
+PROGRAM = "nanovlm_hf.training"  # as usage and errors name it: `python -m` of it
 SOURCES = (*VARIANTS, "captions")
 OPTIMIZERS = ("adamw", "muon")
 TEXT_FILES = (".txt", ".jsonl")
 MUON_LEARNING_RATE = 3e-3
 CONFIGS = Path(__file__).parent / "configs"  # `--config` finds these by name
 MOST_CONFIG_BYTES = 2**16
-MOST = 2**31 - 1  # a larger number is a typing error, and overflows somewhere
+MOST = 2**31 - 1  # a larger number is a typo, and would overflow somewhere
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class RunArguments:
     )
     learning_rate: float = _field(1e-3, "peak learning rate of AdamW")
     muon_learning_rate: Optional[float] = _field(
-        None, f"peak learning rate of Muon; default with optimizer muon: {MUON_LEARNING_RATE:g}; 0 selects adamw"
+        None, f"peak learning rate of Muon; default with optimizer muon: {MUON_LEARNING_RATE:g}"
     )
     weight_decay: float = _field(0.1, "weight decay of matrices")
     warmup_steps: int = _field(200, "steps of linear warm-up before the cosine decay")
@@ -169,7 +170,7 @@ class RunArguments:
     mixed_precision: Literal["auto", "no", "bf16"] = _field(
         "auto", "autocast to bf16, or float32 (no); auto: bf16 where the device multiplies it in hardware"
     )
-    compile: bool = _field(False, "compile encoder and decoder with torch.compile; pays off in long runs on a GPU")
+    compile: bool = _field(False, "compile encoder and decoder with torch.compile, which takes about a minute")
     activation_checkpointing: bool = _field(False, "recompute activations in the backward pass to save memory")
 
     eval_steps: int = _field(250, "steps between evaluations")
@@ -200,9 +201,12 @@ class RunArguments:
             if not text.endswith(TEXT_FILES):
                 _check_choice("texts", text, SOURCES)
         _check(
-            self.texts[0] == self.variant, "texts", self.texts[0], "comes first, but variant is evaluated: put it first"
+            self.texts[0] == self.variant,
+            "texts",
+            self.texts[0],
+            f"comes first, but the first source is evaluated and must be the variant: put {self.variant} first",
         )
-        _check(len(set(self.texts)) == len(self.texts), "texts", self.texts, "has a source twice")
+        _check(len(set(self.texts)) == len(self.texts), "texts", self.texts, "names a source twice")
         _check(
             not self.patch_dropout or self.vision_feature_select_strategy == "cls",
             "patch_dropout",
@@ -219,7 +223,7 @@ class RunArguments:
         if self.streaming:
             self._check_streaming()
         valid = len(self.text_weights) == len(self.texts) and all(0 <= weight <= 1 for weight in self.text_weights)
-        _check(valid, "text_weights", self.text_weights, f"is not {len(self.texts)} numbers from 0 to 1")
+        _check(valid, "text_weights", self.text_weights, f"is not a list of {len(self.texts)} numbers from 0 to 1")
         learns = any(self.text_weights) or self.teacher or self.visual_words_weight
         _check(bool(learns), "text_weights", self.text_weights, "leaves nothing to learn: add a text or a teacher")
 
@@ -240,16 +244,18 @@ class RunArguments:
         return [weight for name, weight in zip(self.texts, self.text_weights, strict=True) if name not in SOURCES]
 
     def _resolve_optimizer(self) -> None:
-        """Give `muon_learning_rate` its value: 0 without Muon. Muon with 0 is adamw, as in older records."""
-        if self.optimizer == "muon" and self.muon_learning_rate is None:
-            self.muon_learning_rate = MUON_LEARNING_RATE
-        self.muon_learning_rate = self.muon_learning_rate or 0.0
-        if self.optimizer == "muon" and not self.muon_learning_rate:
-            self.optimizer = "adamw"
+        """Give `muon_learning_rate` its value: 0 without Muon."""
+        rate, with_muon = self.muon_learning_rate, self.optimizer == "muon"
+        if rate is None:
+            rate = MUON_LEARNING_RATE if with_muon else 0.0
+        self.muon_learning_rate = rate
         _check(
-            self.optimizer == "muon" or not self.muon_learning_rate,
+            not with_muon or rate > 0, "muon_learning_rate", rate, "is not above 0: raise it, or set optimizer adamw"
+        )
+        _check(
+            with_muon or not rate,
             "muon_learning_rate",
-            self.muon_learning_rate,
+            rate,
             f"has no effect with optimizer {self.optimizer}: add --optimizer muon, or set it to 0",
         )
 
@@ -269,7 +275,7 @@ def _check_name(name: str, value: str) -> None:
         possible = "\0" not in value and os.fsencode(value).strip()
     except UnicodeEncodeError:
         possible = False
-    _check(bool(possible), name, repr(value), "cannot be a name")
+    _check(bool(possible), name, repr(value), "is not a valid name")
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -313,8 +319,8 @@ def arguments_of(recorded: dict[str, Any], where: Path, **changes: Any) -> RunAr
     """Return the fields of a recorded run, without those of other versions, and with some changed.
 
     Args:
-        recorded: `arguments` of a record. One from before the field `optimizer` used Muon if `muon_learning_rate` is
-            above 0.
+        recorded: `arguments` of a record. In one from before the field `optimizer`, `muon_learning_rate` selects Muon
+            if it is above 0.
         where: file that errors name.
 
     Raises:
@@ -332,7 +338,7 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     parser.add_argument("--config", action="append", default=[])
     found, rest = parser.parse_known_args(argv)
     if len(found.config) > 1:
-        raise InputError("--config: is given twice: name one YAML file")
+        raise InputError("--config: given twice: name one YAML file")
     return (_config_file(found.config[0]) if found.config else None), rest
 
 
@@ -349,7 +355,7 @@ def _config_file(name: str) -> str:
 
 @functools.cache
 def _parser() -> HfArgumentParser:
-    parser = HfArgumentParser(RunArguments, prog="train.py", allow_abbrev=False)
+    parser = HfArgumentParser(RunArguments, prog=PROGRAM, allow_abbrev=False)
     parser.error = _refuse
     return parser
 
@@ -368,7 +374,7 @@ def _read_config(path: str) -> dict[str, list[str]]:
     """Return the command-line options of each field in a YAML file."""
     content = read_yaml(path, MOST_CONFIG_BYTES)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: there is no list of 'field: value' lines in it")
+        raise InputError(f"{path}: expected a mapping of field names to values")
     options = {}
     for key, value in content.items():
         if key not in NAMES:
@@ -378,7 +384,7 @@ def _read_config(path: str) -> dict[str, list[str]]:
             if key not in ("texts", "text_weights", "teacher", "trackers"):
                 raise InputError(f"{path}: {key}: takes one value, not a list")
             if any(one.startswith("-") for one in values):  # which the parser would read as an option
-                raise InputError(f"{path}: {key}: {scrub(', '.join(values), 80)} is not a list of its values")
+                raise InputError(f"{path}: {key}: values must not begin with '-': {scrub(', '.join(values), 80)}")
             options[key] = [f"--{key}", *values] if values else []
         elif value is not None:
             options[key] = [f"--{key}={_plain(path, key, value)}"]
@@ -387,7 +393,7 @@ def _read_config(path: str) -> dict[str, list[str]]:
 
 def _plain(path: str, key: str, value: Any) -> str:
     if not isinstance(value, (str, int, float, datetime.date)):  # a name may look like a date
-        raise InputError(f"{path}: {key}: takes a plain value")
+        raise InputError(f"{path}: {key}: expected a number or a text")
     try:
         return str(value)
     except ValueError as error:  # an integer with thousands of digits

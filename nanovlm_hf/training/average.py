@@ -20,14 +20,15 @@ from ..loading import load_model
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from .arguments import RunArguments, arguments_of
+from .data import load_splits
+from .initial_model import differences, image_settings
 from .loss_plots import plot_average
-from .metrics import evaluate
+from .metrics import evaluate, write_evaluation
 from .provenance import describe_run
 from .record import describe_checkpoint
 from .run_directory import RunDirectory
 from .run_record import RECORD, stored_record
 from .samples import known_words
-from .setup import differences, image_settings, load_splits
 
 # Arguments of the first run that do not apply to the average.
 NOT_INHERITED = {
@@ -66,9 +67,11 @@ def average(runs: list[Path], out: Path) -> dict[str, float]:
     splits = load_splits(arguments, processors[0])
     for run, model, processor, record in zip(runs, models, processors, records, strict=True):
         if not _same_kind(model, processor, models[0], processors[0]):
-            raise InputError(f"{run}: has another architecture or tokenizer than {runs[0]}: cannot be averaged")
+            raise InputError(f"{run}: its architecture or tokenizer differs from that of {runs[0]}: cannot be averaged")
         if record["data"]["validation"] != splits["validation"].identity():
-            raise InputError(f"{run}: was evaluated on other images or texts than those of {arguments.dataset} now")
+            raise InputError(
+                f"{run}: was evaluated on images or texts that differ from those of {arguments.dataset} now"
+            )
 
     mean = AveragedModel(models[0])
     for model in models:
@@ -76,7 +79,8 @@ def average(runs: list[Path], out: Path) -> dict[str, float]:
     accelerator = _accelerator(arguments)
     model = mean.module.to(accelerator.device)
     directory = RunDirectory(out)
-    metrics = evaluate(directory, 0, model, processors[0], splits["validation"], known_words(splits), accelerator)
+    metrics, completions = evaluate(model, processors[0], splits["validation"], known_words(splits), accelerator)
+    write_evaluation(directory, 0, metrics, completions)
     plot_average(runs, metrics, directory)
     directory.save_model("best", model, processors[0])
     directory.describe(describe_run(arguments, splits, accelerator) | {"average_of": [str(run) for run in runs]})
@@ -120,7 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if len(arguments.runs) < 2:
         parser.error("at least two runs are needed")
-    with one_line_errors("average"):
+    with one_line_errors("nanovlm_hf.training.average"):
         metrics = average(arguments.runs, arguments.out)
         print(f"{arguments.out}: eval_loss {metrics['eval_loss']:.4f}, grounding gap {metrics['grounding_gap']:.4f}")
 

@@ -40,7 +40,7 @@ class TrainingBatches:
         process_index, num_processes: this process, and how many share each step.
 
     Raises:
-        InputError: for the weight of a file that is above 0 and less than one text for the images of a step.
+        InputError: for a weight of a file that is above 0 but gives less than one text per step.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TrainingBatches:
         """Return a batch.
 
         Returns:
-            `crops` (uint8), `gain` and `bias` for `to_pixel_values`, without `reads_images` None; `texts`, a padded
+            `crops` (uint8; None without `reads_images`), `gain` and `bias` for `to_pixel_values`; `texts`, a padded
             batch for each source; `word_targets` (images, vocabulary); `teacher_features` (images, F) or None; and
             `image_ids`.
         """
@@ -128,8 +128,10 @@ class TrainingBatches:
     def _texts_per_step(self, file: TextFile, weight: float) -> int:
         count = round(weight * self.images_per_step)
         if count == 0:
-            images = self.images_per_step
-            raise InputError(f"text_weights: {weight:g} of {file.path} is no text for the {images} images of a step")
+            raise InputError(
+                f"text_weights: a weight of {weight:g} gives less than one text of {file.path} per step of "
+                f"{self.images_per_step} images: raise it"
+            )
         return count
 
     def _choose_texts(self, rng: np.random.Generator) -> np.ndarray:

@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from .arguments import RunArguments
+from .data import Split
 from .failures import tracker_errors
 from .loss_plots import plot_run
+from .metrics import write_evaluation
 from .record import describe_checkpoint
 from .run_directory import RunDirectory
-from .samples import write_page
-from .setup import Split
+from .samples import Sample, write_page
 
 
 class Callback:
@@ -29,15 +30,15 @@ class Callback:
     def on_log(self, step: int, row: dict[str, Any]) -> None:
         """Called with the metrics of training since the last call."""
 
-    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
-        """Called in the main process with the metrics of an evaluation."""
+    def on_evaluate(self, step: int, metrics: dict[str, float], completions: list[Sample]) -> None:
+        """Called in the main process with the results of an evaluation."""
 
     def on_end(self) -> None:
         """Called after the last step, when the models are saved."""
 
 
 class MetricsFiles(Callback):
-    """Write `metrics.jsonl` and draw `loss.png`."""
+    """Write `metrics.jsonl` and `samples.jsonl` and draw `loss.png`."""
 
     def __init__(self, folder: RunDirectory):
         self.folder = folder
@@ -45,7 +46,8 @@ class MetricsFiles(Callback):
     def on_log(self, step: int, row: dict[str, Any]) -> None:
         self.folder.log(row)
 
-    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
+    def on_evaluate(self, step: int, metrics: dict[str, float], completions: list[Sample]) -> None:
+        write_evaluation(self.folder, step, metrics, completions)
         plot_run(self.folder)
 
 
@@ -65,7 +67,7 @@ class ProgressBar(Callback):
     def on_log(self, step: int, row: dict[str, Any]) -> None:
         self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
 
-    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
+    def on_evaluate(self, step: int, metrics: dict[str, float], completions: list[Sample]) -> None:
         self.bar.write(
             f"step {step}: eval_loss {metrics['eval_loss']:.4f}, grounding gap "
             f"{metrics['grounding_gap']:.4f} +- {metrics['grounding_gap_stderr']:.4f}"
@@ -91,7 +93,7 @@ class Trackers(Callback):
         with tracker_errors():
             self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
 
-    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
+    def on_evaluate(self, step: int, metrics: dict[str, float], completions: list[Sample]) -> None:
         with tracker_errors():
             self.accelerator.log(metrics, step=step)
 
@@ -113,7 +115,7 @@ class ModelCard(Callback):
 
 
 class SamplePage(Callback):
-    """Write `samples.html`, whose presence says that the run is complete."""
+    """Write `samples.html`."""
 
     def __init__(self, folder: RunDirectory, split: Split):
         self.folder, self.split = folder, split

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="directory of a run or checkpoint")
     parser.add_argument("--keep", type=Path, metavar="EXPERIMENTS", help="first copy the runs to this directory")
     arguments = parser.parse_args()
-    with one_line_errors("compare"):
+    with one_line_errors("nanovlm_hf.training.compare"):
         folders = arguments.folders
         if arguments.keep:
             folders = [keep(folder, arguments.keep) for folder in folders]

@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def write_out_attention(model: NanoVLMForConditionalGeneration) -> None:
+def use_eager_attention(model: NanoVLMForConditionalGeneration) -> None:
     """Switch the model to eager attention, which is faster than fused attention on a CPU in bf16.
 
     The backward pass of PyTorch's fused attention is slow there: with all texts of an image, a step takes two thirds of

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..data.image_store import checksum
 from ..evaluation.fingerprints import weights_hash
 from ..files import locked, named_disk_errors
 from ..vision_encoders import VisionEncoder, load_vision_encoder
-from .image_store import checksum
 
 BATCH_SIZE = 32
 
@@ -26,7 +26,7 @@ BATCH_SIZE = 32
 def teacher_features(names: list[str], images: np.ndarray, device: torch.device | str) -> np.ndarray:
     """Return what the teachers know about each image: pooled features, and of classifiers logits as well.
 
-    They are computed once and stored beside the decoded images, by a checksum of the pixels and a hash of the weights.
+    They are computed once and stored next to the decoded images, by a checksum of the pixels and a hash of the weights.
 
     Args:
         names: of the teachers, as `load_vision_encoder` takes them.
@@ -96,7 +96,7 @@ class DistillationHead(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, cls_state: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean squared error for each image, (images,): about 1 for an encoder that knows nothing.
+        """Return the mean squared error for each image, (images,): about 1 for an encoder that has learned nothing.
 
         Args:
             cls_state: (images, D).

@@ -15,9 +15,9 @@ import torch
 from ..errors import InputError, one_line_errors
 from ..files import read_text
 from ..loading import load_model
+from .initial_model import generation_config
 from .record import describe_checkpoint
 from .run_directory import RunDirectory
-from .setup import generation_config
 
 
 def export(run: Path, out: Path, about: str | None = None) -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write, after which the model is named")
     parser.add_argument("--about", type=Path, help="Markdown file that describes the training data, for the model card")
     arguments = parser.parse_args()
-    with one_line_errors("export"):
+    with one_line_errors("nanovlm_hf.training.export"):
         about = None if arguments.about is None else read_text(arguments.about)
         export(arguments.run, arguments.out, about)
 

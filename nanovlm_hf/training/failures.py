@@ -17,7 +17,8 @@ def tracker_errors() -> Iterator[None]:
         yield
     except Exception as error:
         raise InputError(
-            f"trackers: {type(error).__name__} ({first_line(error)}): fix it, or leave trackers out and --resume auto"
+            f"trackers: {type(error).__name__} ({first_line(error)}): fix it, or remove trackers and resume with "
+            "--resume auto"
         ) from None
 
 

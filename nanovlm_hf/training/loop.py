@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -27,16 +28,17 @@ from .accelerator import make_accelerator
 from .arguments import RunArguments
 from .batches import TrainingBatches
 from .callbacks import Callback, MetricsFiles, ModelCard, ProgressBar, SamplePage, Trackers
-from .cpu import keep_freed_memory, write_out_attention
+from .cpu import keep_freed_memory, use_eager_attention
+from .data import load_splits
 from .failures import output_errors
+from .initial_model import model_and_processor
 from .loss import CompletionObjective
 from .metrics import Meter, count_flops, evaluate
 from .optimizers import optimizers_of
 from .provenance import describe_run
 from .resume import check_same_run, find_state
-from .run_directory import SAMPLES_PAGE, RunDirectory, locked_run_directory
+from .run_directory import RunDirectory, locked_run_directory
 from .samples import known_words
-from .setup import load_splits, model_and_processor
 from .signals import StoppedError, StopSignals
 from .states import load_state
 from .step import LossWeights, StepResult, accumulate_gradients, to_device
@@ -72,7 +74,7 @@ class _Run:
         logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         self.model, self.processor = model_and_processor(arguments)
         if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-            write_out_attention(self.model)
+            use_eager_attention(self.model)
         if arguments.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         with accelerator.local_main_process_first():
@@ -115,7 +117,7 @@ class _Run:
         if self.images_per_step > len(split):
             raise InputError(
                 f"per_device_train_batch_size: a step takes {self.images_per_step} images, "
-                f"the train split has {len(split)}"
+                f"but the train split has {len(split)}"
             )
         steps_of_epochs = math.ceil(arguments.num_train_epochs * len(split) / self.images_per_step)
         self.steps = arguments.max_steps or steps_of_epochs
@@ -135,9 +137,11 @@ class _Run:
         objective = objective.to(accelerator.device)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if arguments.ema_decay and self.sharded:
-            raise InputError("ema_decay: FSDP's sharded weights do not support EMA: use ddp.yaml, or leave it out")
+            raise InputError("ema_decay: not supported with FSDP: launch with --multi_gpu, or leave it out")
         if arguments.optimizer == "muon" and self.sharded:
-            raise InputError("optimizer: muon needs whole matrices, not FSDP's shards: use ddp.yaml, or adamw")
+            raise InputError(
+                "optimizer: Muon needs unsharded matrices: launch with --multi_gpu, or use --optimizer adamw"
+            )
         self.unsharded = copy.deepcopy(objective) if self.sharded else None
         self.ema = None
         if arguments.ema_decay:
@@ -147,6 +151,12 @@ class _Run:
             self.model.model.language_model.compile(dynamic=True)
         in_bf16 = accelerator.mixed_precision == "bf16" and has_bf16(accelerator.device)
         optimizers = optimizers_of(self.model, arguments, muon_in_bf16=in_bf16, head=objective.distillation)
+        if arguments.warmup_steps >= self.steps and accelerator.is_main_process:
+            print(
+                f"warmup_steps: the warm-up of {arguments.warmup_steps} steps does not end within the {self.steps} "
+                "steps of the run, so the learning rate never reaches its peak: lower warmup_steps",
+                file=sys.stderr,
+            )
         # Accelerate advances a schedule by one for each process, so its length is counted in all their steps.
         warmup, steps = arguments.warmup_steps * accelerator.num_processes, self.steps * accelerator.num_processes
         schedules = [get_cosine_schedule_with_warmup(optimizer, warmup, steps) for optimizer in optimizers]
@@ -164,12 +174,12 @@ class _Run:
             self._resume_stream(self.progress.pop("positions"))
             if not (self.folder.path / "best").exists():  # the state is of a run in another folder
                 self.progress["best_eval_loss"] = math.inf
-        self.complete = self._is_over() and self.folder.has_ended()
+        self.complete = self._is_over() and self.folder.is_complete()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not self.complete:
             self.folder.truncate_metrics(self.progress["step"])
             self.folder.remove_states_after(self.progress["step"])
-            (self.folder.path / SAMPLES_PAGE).unlink(missing_ok=True)
+            self.folder.mark_incomplete()
             self.folder.describe(record)
 
     def _resume_stream(self, positions: list[list[int]] | None) -> None:
@@ -177,8 +187,8 @@ class _Run:
             return
         if len(positions) != self.accelerator.num_processes:
             raise InputError(
-                f"resume: {len(positions)} processes read the stream before, {self.accelerator.num_processes} do now: "
-                "use the same number"
+                f"resume: the stream was read by {len(positions)} processes and is now read by "
+                f"{self.accelerator.num_processes}: use the same number"
             )
         self.batches.position = tuple(positions[self.accelerator.process_index])
 
@@ -226,6 +236,8 @@ class _Run:
         if self.accelerator.is_main_process:
             self.folder.save_model("last", model, self.processor)
         self._call("on_end")
+        if self.accelerator.is_main_process:
+            self.folder.mark_complete()
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
         """Take an optimizer step; return the norm of the gradients, and the number of a signal to stop, or 0."""
@@ -313,17 +325,14 @@ class _Run:
         patient = torch.ones((), device=accelerator.device)
         model = self._evaluated_model()
         if accelerator.is_main_process:
-            split, step = self.splits["validation"], progress["step"]
-            with_images = self.arguments.image_dropout < 1
-            metrics = evaluate(
-                self.folder, step, model, self.processor, split, self.vocabulary, accelerator, with_images
-            )
+            split, with_images = self.splits["validation"], self.arguments.image_dropout < 1
+            metrics, completions = evaluate(model, self.processor, split, self.vocabulary, accelerator, with_images)
             progress["evaluations_without_gain"] += 1
             if metrics["eval_loss"] < progress["best_eval_loss"]:
                 progress |= {"best_eval_loss": metrics["eval_loss"], "evaluations_without_gain": 0}
                 self.folder.save_model("best", model, self.processor)
             patient *= not self._has_lost_patience()
-            self._call("on_evaluate", step, metrics)
+            self._call("on_evaluate", progress["step"], metrics, completions)
             self.objective.train()
         if accelerator.num_processes > 1:
             patient = accelerator.reduce(patient, "sum") - (accelerator.num_processes - 1)

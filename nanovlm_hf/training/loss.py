@@ -70,7 +70,7 @@ class CompletionObjective(nn.Module):
         return text_loss, words_loss, distillation_loss
 
     def features_without_image(self) -> torch.Tensor:
-        """Return what takes the place of an image's features without one: the embedding of `<image>`, (1, I, C)."""
+        """Return the features that stand in for a missing image: the embedding of `<image>`, (1, I, C)."""
         config = self.model.config
         embedding = self.model.get_input_embeddings().weight[config.image_token_id]
         return embedding.expand(1, config.image_seq_length, -1)

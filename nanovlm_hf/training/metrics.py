@@ -22,12 +22,12 @@ from ..evaluation.likelihood import BATCH_SIZE, Likelihood
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from .augmentation import normalise
+from .data import Split
 from .gpu_specs import gpu_of
 from .loss import CompletionObjective
 from .provenance import device_name
 from .run_directory import RunDirectory
-from .samples import complete_samples, write_samples
-from .setup import Split
+from .samples import Sample, complete_samples, write_samples
 from .step import StepResult
 
 
@@ -99,13 +99,8 @@ class Meter:
             "tokens_per_second": round(self.tokens / seconds, 1),
             "teraflops": round(flops / 1e12, 4) if flops else None,
             "mfu": round(flops / (gpu.flops * self.num_processes), 4) if flops and gpu else None,
-            "memory_mib": self._memory(),
+            "memory_mib": peak_memory_mib(self.device),
         }
-
-    def _memory(self) -> int | None:
-        if self.device.type == "cuda":
-            return round(torch.cuda.max_memory_allocated(self.device) / 2**20)
-        return peak_memory_mib()
 
 
 def count_flops(function: Callable[[], Any]) -> float:
@@ -116,24 +111,21 @@ def count_flops(function: Callable[[], Any]) -> float:
 
 
 def evaluate(
-    run: RunDirectory,
-    step: int,
     model: NanoVLMForConditionalGeneration,
     processor: NanoVLMProcessor,
     split: Split,
     vocabulary: set[str],
     accelerator: Accelerator,
     with_images: bool = True,
-) -> dict[str, float]:
-    """Evaluate a model on a split, and append to `metrics.jsonl` and `samples.jsonl`.
+) -> tuple[dict[str, float], list[Sample]]:
+    """Evaluate a model on a split.
 
     Args:
-        step: number of the step after which the model is evaluated.
         vocabulary: from `samples.known_words`.
         with_images: as for `validation_losses`.
 
     Returns:
-        The losses of `validation_losses`, and the measures of coherence of some completions.
+        The losses of `validation_losses` with the measures of coherence of some completions, and these completions.
     """
     training = model.training
     model.eval()
@@ -142,9 +134,13 @@ def evaluate(
     completions = complete_samples(model, processor, split)
     metrics |= coherence([one.added for one in completions], vocabulary)
     model.train(training)
+    return metrics, completions
+
+
+def write_evaluation(run: RunDirectory, step: int, metrics: dict[str, float], completions: list[Sample]) -> None:
+    """Append the results of `evaluate` after a step to `metrics.jsonl` and `samples.jsonl`."""
     write_samples(run, step, completions)
     run.log({"step": step, **metrics})
-    return metrics
 
 
 def validation_losses(

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
-from ..errors import InputError
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from .arguments import RunArguments
 
@@ -28,13 +27,13 @@ def optimizers_of(
         head: of distillation, which AdamW trains.
 
     Raises:
-        InputError: for `muon` if PyTorch is older than 2.9 and does not have it.
+        ValueError: if `arguments.optimizer` is neither `adamw` nor `muon`.
     """
     trained = nn.ModuleList([model] if head is None else [model, head])
     if arguments.optimizer == "adamw":
         return [_adamw(parameter_groups(trained, arguments.weight_decay), arguments)]
-    if not hasattr(torch.optim, "Muon"):
-        raise InputError(f"optimizer: PyTorch {torch.__version__} has no Muon: install 2.9 or newer, or use adamw")
+    if arguments.optimizer != "muon":
+        raise ValueError(f"unknown optimizer {arguments.optimizer!r}")
     weights = hidden_weights(model)
     rest = parameter_groups(trained, arguments.weight_decay, exclude=weights)
     return [_adamw(rest, arguments), _muon(weights, arguments, muon_in_bf16)]
@@ -69,7 +68,7 @@ def _muon(weights: list[nn.Parameter], arguments: RunArguments, in_bf16: bool) -
     """Return Muon (Jordan et al. 2024) with steps of AdamW's size at equal learning rates (Liu et al. 2025)."""
     # Muon takes matrices only: the weight of a convolution, in the same memory, becomes one row per output channel.
     matrices = [nn.Parameter(weight.detach().view(len(weight), -1)) for weight in weights]
-    muon = (torch.optim.Muon if in_bf16 else Float32Muon)(
+    muon = (Muon if in_bf16 else Float32Muon)(
         matrices,
         lr=arguments.muon_learning_rate,
         weight_decay=arguments.weight_decay,
@@ -89,8 +88,7 @@ def _muon(weights: list[nn.Parameter], arguments: RunArguments, in_bf16: bool) -
     return muon
 
 
-# PyTorch before 2.9 has no Muon to subclass; `optimizers_of` raises for it.
-class Float32Muon(getattr(torch.optim, "Muon", Optimizer)):
+class Float32Muon(Muon):
     """PyTorch's Muon with the orthogonalisation in float32; its states are interchangeable."""
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ..devices import cpu_count
 from .arguments import RunArguments
-from .setup import Splits
+from .data import Splits
 
 PACKAGES = ("nanovlm-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 

@@ -24,14 +24,14 @@ def find_state(resume: str | None, folder: RunDirectory) -> Path | None:
         return None
     if resume == "auto":
         states = folder.states()
-        if not states and folder.has_ended():
+        if not states and folder.is_complete():
             raise InputError(
-                f"resume: the run in {folder.path} is complete, but its states/ are gone: train in another folder, or "
-                "add --overwrite true instead of --resume"
+                f"resume: the run in {folder.path} is complete, but its folder states/ is gone: train in another "
+                "folder, or add --overwrite true instead of --resume"
             )
         return states[-1] if states else None
     if not (Path(resume) / PROGRESS).exists():
-        raise InputError(f"resume: there is no state in {resume}: give auto, or a folder states/step-...")
+        raise InputError(f"resume: there is no state in {resume}: set it to auto or to a folder states/step-...")
     return Path(resume)
 
 
@@ -53,7 +53,7 @@ def _check_same_record(record: dict[str, Any], before: dict[str, Any]) -> None:
             raise InputError(f"resume: {name} was {was} and is {value} now: keep the value, or start a new run")
     if before.get("processes", record["processes"]) != record["processes"]:
         raise InputError(
-            f"resume: {before['processes']} processes trained before, {record['processes']} do now: use the same "
+            f"resume: the number of processes was {before['processes']} and is {record['processes']} now: use the same "
             "number, or start a new run"
         )
     # Records that are older than the value `auto` hold the field alone.

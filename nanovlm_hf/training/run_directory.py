@@ -20,7 +20,8 @@ from .run_record import RECORD, read_record
 from .run_removal import LOCK, check_removable, remove_run
 from .states import disk_errors, remove_states_after, save_state, states_in
 
-SAMPLES_PAGE = "samples.html"  # the last file that a run writes
+SAMPLES_PAGE = "samples.html"
+COMPLETE = "complete"  # an empty file, the last that a run writes
 
 
 class _Metrics(BaseModel, extra="allow"):
@@ -155,9 +156,19 @@ class RunDirectory:
         """Return the complete states, oldest first."""
         return states_in(self.path / "states")
 
-    def has_ended(self) -> bool:
+    def is_complete(self) -> bool:
         """Return whether a run that has saved its last state has also written everything that follows it."""
-        return (self.path / SAMPLES_PAGE).exists()
+        # In runs of earlier versions, `samples.html` is the last file.
+        return any((self.path / name).exists() for name in (COMPLETE, SAMPLES_PAGE))
+
+    def mark_complete(self) -> None:
+        """Record that everything is written."""
+        (self.path / COMPLETE).touch()
+
+    def mark_incomplete(self) -> None:
+        """Undo `mark_complete`, in a run of an earlier version as well."""
+        for name in (COMPLETE, SAMPLES_PAGE):
+            (self.path / name).unlink(missing_ok=True)
 
 
 @contextmanager

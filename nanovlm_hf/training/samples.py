@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..data_uri import data_uri
 from ..evaluation.items import prefix_of
 from ..evaluation.originality import rouge_tokens
+from ..evaluation.templates import render
 from ..files import atomic_write
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
+from .data import Split, Splits
+from .initial_model import generation_config
 from .run_directory import SAMPLES_PAGE, RunDirectory
-from .setup import Split, Splits, generation_config
 from .streaming import StreamedSplit
 
 COMPLETIONS = 32  # images that are completed, to measure coherence
-SAMPLES = 8  # of them, completions that are written
+SAMPLES = 8  # completions among them that are written
 PREFIX_WORDS = 4
 
 
@@ -80,35 +80,13 @@ def write_page(run: RunDirectory, split: Split) -> None:
     for row in run.samples():
         if row["image_id"] in split.image_ids:
             by_image.setdefault(row["image_id"], []).append(row)
-    columns = []
-    for image_id, rows in by_image.items():
-        buffer = io.BytesIO()
-        Image.fromarray(np.array(split.images[split.image_ids.index(image_id)])).save(buffer, "WEBP", quality=60)
-        source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        lines = "".join(
-            f"<p><small>step {row['step']}</small><br><b>{html.escape(row['prefix'])}</b>"
-            f"{html.escape(row['text'][len(row['prefix']) :])}</p>"
-            for row in rows
-        )
-        columns.append(
-            f'<section><img src="{source}" alt="image {image_id}"><p><i>{html.escape(rows[0]["reference"])}</i></p>'
-            f"{lines}</section>"
-        )
+    images = [
+        {"image_id": image_id, "source": data_uri(_image(split, image_id), "WEBP", quality=60), "rows": rows}
+        for image_id, rows in by_image.items()
+    ]
     with atomic_write(run.path / SAMPLES_PAGE) as file:
-        file.write(_PAGE.replace("TITLE", html.escape(run.path.name)).replace("COLUMNS", "".join(columns)))
+        file.write(render("samples.html", run=run.path.name, images=images))
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>TITLE: completions during training</title>
-<style>
-:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }
-main { display: flex; gap: 1.5em; overflow-x: auto; align-items: flex-start }
-section { flex: 0 0 224px }
-img { width: 224px; height: 224px; border-radius: 6px }
-small { opacity: .6 }
-</style>
-<h1>TITLE</h1><p>Above: the reference description. Below: the completion at each evaluation.</p>
-<main>COLUMNS</main>
-</html>
-"""
+def _image(split: Split, image_id: int) -> Image.Image:
+    return Image.fromarray(np.array(split.images[split.image_ids.index(image_id)]))

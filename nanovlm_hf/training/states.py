@@ -99,7 +99,7 @@ def load_state(state: Path, accelerator: Accelerator, ema: nn.Module | None = No
     if any(state.glob("custom_checkpoint_*")):
         raise InputError(
             f"resume: {state} holds a pickle (custom_checkpoint_0.pkl, EMA weights of an older version), which could "
-            "run any code and is not loaded: begin a new run, or finish this one with the version that began it"
+            "run arbitrary code and is not loaded: begin a new run, or finish this one with the version that began it"
         )
     try:
         progress = validate(read_json(state / PROGRESS), _Progress, state / PROGRESS).model_dump()

@@ -15,7 +15,7 @@ from .augmentation import to_pixel_values
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the losses of an image, beside the cross-entropy of the texts, whose weight is 1."""
+    """Weights of the losses of an image, in addition to the cross-entropy of the texts, which has weight 1."""
 
     words: float = 0.0
     distillation: float = 0.0
@@ -53,7 +53,7 @@ def accumulate_gradients(
 
     Args:
         micro_batches: from `to_device`, those of this process.
-        weights: of the losses beside the texts' own.
+        weights: of the losses in addition to that of the texts.
         stop: number of a signal that this process received, or 0.
     """
     all_tokens = sum(batch["tokens"] for batch in micro_batches)

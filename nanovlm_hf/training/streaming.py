@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset, Image, IterableDataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
 
+from ..data.image_store import MAX_DAMAGED_SHARE, decode_image
 from ..data.parallel import ordered_parallel_map
 from ..data.rows import image_bytes, load
 from ..data.splits import split_position
@@ -22,7 +23,6 @@ from ..devices import cpu_count
 from ..errors import InputError, first_line
 from ..processing_nanovlm import NanoVLMProcessor
 from .batches import TrainingBatches
-from .image_store import MAX_DAMAGED_SHARE, decode_image
 from .text_files import STEPS_PER_WINDOW
 from .texts import TokenizedTexts
 
@@ -190,7 +190,7 @@ class StreamedBatches:
                 _check_damaged(damaged, seen)
             if whole_pass and seen - len(damaged) == good_before:
                 raise InputError(
-                    "dataset: the stream has no image for this process: use fewer processes, or a split of more files"
+                    "dataset: the stream has no image for this process: use fewer processes, or a split with more files"
                 )
             epoch, taken = epoch + 1, 0
 

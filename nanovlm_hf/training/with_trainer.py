@@ -26,9 +26,12 @@ from ..image_processing_nanovlm import NanoVLMImageProcessor
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
 from ..variants import VARIANTS
-from .cpu import write_out_attention
-from .setup import load_checked, tokenizer_in
+from .cpu import use_eager_attention
+from .data import load_checked
+from .initial_model import tokenizer_in
 from .texts import TokenizedTexts
+
+PROGRAM = "nanovlm_hf.training.with_trainer"  # as usage and errors name it: `python -m` of it
 
 
 @dataclass
@@ -101,7 +104,7 @@ def read_arguments(argv: list[str]) -> tuple[DataArguments, TrainingArguments]:
 
 
 def _parse(argv: list[str]) -> tuple[DataArguments, TrainingArguments]:
-    parser = HfArgumentParser((DataArguments, TrainingArguments), prog="train_with_trainer.py", allow_abbrev=False)
+    parser = HfArgumentParser((DataArguments, TrainingArguments), prog=PROGRAM, allow_abbrev=False)
     parser.error = _refuse
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -131,7 +134,7 @@ def train(data: DataArguments, settings: TrainingArguments) -> Trainer:
         TokenizedTexts(texts, list(rows["captions"]), processor, list(rows["image_id"])).report_truncated()
     model = NanoVLMForConditionalGeneration(config)
     if settings.bf16 and settings.device.type == "cpu":
-        write_out_attention(model)
+        use_eager_attention(model)
     smoothing = settings.label_smoothing_factor
     trainer = Trainer(
         model=model,
@@ -149,7 +152,7 @@ def train(data: DataArguments, settings: TrainingArguments) -> Trainer:
 
 
 def main() -> Trainer:
-    with one_line_errors("train_with_trainer.py"):
+    with one_line_errors(PROGRAM):
         return train(*read_arguments(sys.argv[1:]))
 
 

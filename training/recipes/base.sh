@@ -2,7 +2,7 @@
 # base from mini to both released checkpoints: bash training/recipes/base.sh DATA OUT MINI
 #
 # MINI is the checkpoint of mini that base grows from (Net2Net): mini-short, which the package contains, or
-# OUT/mini_short/best of mini.sh. A recipe that was interrupted goes on where it stopped. The checkpoints are
+# OUT/mini_short/best of mini.sh. An interrupted recipe resumes where it stopped. The checkpoints are
 # OUT/base_short/best and OUT/base_long/best.
 set -euo pipefail
 [ $# -eq 3 ] || { echo "usage: bash $0 DATA OUT MINI" >&2; exit 2; }

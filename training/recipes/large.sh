@@ -2,7 +2,7 @@
 # large from base to both released checkpoints: bash training/recipes/large.sh DATA OUT BASE
 #
 # BASE is the checkpoint of base that large grows from (Net2Net): base-short, which is in this repository, or
-# OUT/base_short/best of base.sh. A recipe that was interrupted goes on where it stopped. The checkpoints are
+# OUT/base_short/best of base.sh. An interrupted recipe resumes where it stopped. The checkpoints are
 # OUT/large_short/best and OUT/large_long/best.
 set -euo pipefail
 [ $# -eq 3 ] || { echo "usage: bash $0 DATA OUT BASE" >&2; exit 2; }

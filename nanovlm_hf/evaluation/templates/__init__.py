@@ -1,4 +1,4 @@
-"""Pages that the evaluation writes: self-contained Jinja templates."""
+"""Pages that evaluation and training write: self-contained Jinja templates."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ from datasets import Dataset, Image, config
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from ..data.parallel import ordered_parallel_map
-from ..data.rows import image_bytes, image_name
 from ..devices import cpu_count
 from ..errors import InputError, first_line
 from ..files import atomic_write, locked, read_json, validate
 from ..image_processing_nanovlm import NanoVLMImageProcessor
 from ..images import open_image_file
+from .parallel import ordered_parallel_map
+from .rows import image_bytes, image_name
 
 MAX_DAMAGED_SHARE = 0.01  # of the images of a split
 CHECKSUM_CHUNK = 1 << 24  # bytes
