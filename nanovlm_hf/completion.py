@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
 
 from .completion_files import DEFAULT_NEW_TOKENS, Completion, find_images
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, completion_line
+from .generation_nanovlm import greedy_settings
 from .images import open_image_file
 from .modeling_nanovlm import NanoVLMForConditionalGeneration
 from .processing_nanovlm import NanoVLMProcessor
 
 BATCH_SIZE = 16
-GREEDY_REPETITION_PENALTY = 1.2
 
 
 def complete(
@@ -108,32 +108,12 @@ def stream(
     text = prefix.rstrip()
     with ThreadPoolExecutor(max_workers=1) as pool:
         settings = {"max_new_tokens": room, "streamer": streamer, "logits_processor": finite_logits()}
-        settings |= greedy_settings(model.generation_config)
         generation = pool.submit(model.generate, **inputs, **settings)
         generation.add_done_callback(lambda _: streamer.end())  # also after an error, or the loop below would never end
         for word in streamer:
             text += word
             yield completion_line(text)
         generation.result()
-
-
-def greedy_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Return the arguments of `generate` that replace beam search where it is impossible, such as in a stream.
-
-    Greedy search repeats itself more than beam search does, and blocking n-grams is not enough to prevent it.
-
-    Args:
-        config: of the checkpoint; if it does not ask for beams, it is not changed.
-    """
-    if config.num_beams in (None, 1):
-        return {}
-    return {
-        "num_beams": 1,
-        "length_penalty": 1.0,  # of beam search, as the next one: `generate` refuses them without beams
-        "early_stopping": False,
-        "no_repeat_ngram_size": 0,
-        "repetition_penalty": GREEDY_REPETITION_PENALTY,
-    }
 
 
 @torch.no_grad()
@@ -199,6 +179,5 @@ __all__ = [
     "find_images",
     "finite_logits",
     "fit_new_tokens",
-    "greedy_settings",
     "stream",
 ]

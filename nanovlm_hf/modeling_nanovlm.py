@@ -6,9 +6,11 @@ P patches of an image (196), I tokens of an image in the sequence (1, 196 or 197
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Unpack
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +25,12 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .compat_nanovlm import causal_mask, forget_renaming, init
 from .configuration_nanovlm import NanoVLMConfig, NanoVLMTextConfig, NanoVLMVisionConfig
+from .generation_nanovlm import greedy_settings
 from .hub_nanovlm import MODEL_AUTO_CLASSES, registered
 from .paper_nanovlm import projector_widths
 
@@ -760,18 +764,40 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+        """Save the model; with `push_to_hub`, upload it with its code, as `push_to_hub()` does."""
+        if not kwargs.get("push_to_hub") and self._auto_class is None:
+            return super().save_pretrained(save_directory, **kwargs)
+        with self._saved_with_code():
+            return super().save_pretrained(save_directory, **kwargs)
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the model with the code that loads it by `trust_remote_code=True`; push the processor as well."""
-        classes = {type(self.config): "AutoConfig", type(self): "AutoModelForImageTextToText"}
+        with self._saved_with_code():
+            return super().push_to_hub(*args, **kwargs)
+
+    @contextmanager
+    def _saved_with_code(self) -> Iterator[None]:
         before = getattr(self.config, "auto_map", None)
         self.config.auto_map = dict(MODEL_AUTO_CLASSES)
         try:
-            with registered(classes):
-                return super().push_to_hub(*args, **kwargs)
+            with registered({type(self.config): "AutoConfig", type(self): "AutoModelForImageTextToText"}):
+                yield
         finally:
             del self.config.auto_map
             if before is not None:
                 self.config.auto_map = before
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as every Transformers model does.
+
+        Beam search cannot be streamed: with a streamer, a checkpoint that decodes with beams by default is decoded
+        greedily (see `greedy_settings`) unless `num_beams` or `generation_config` is given.
+        """
+        given = kwargs.get("streamer") is not None
+        if given and "num_beams" not in kwargs and kwargs.get("generation_config") is None:
+            kwargs = greedy_settings(self.generation_config) | kwargs
+        return super().generate(*args, **kwargs)
 
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
@@ -799,6 +825,7 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T), the ids of the sequence itself (they are shifted here), -100 at positions without a loss.
+                Image tokens have none either.
             logits_to_keep: number of last positions, or indices of positions, to compute logits for; 0 means all.
             mm_token_type_ids: ignored; processors may return it.
         """
@@ -816,6 +843,7 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

@@ -3,13 +3,16 @@
 It must not import `annotations` from `__future__`: Transformers 5 reads the annotations of the kwargs classes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs, Unpack
+from transformers.utils import TensorType
 
 from .compat_nanovlm import IS_TRANSFORMERS_4, make_tokenizer_portable
 from .hub_nanovlm import registered
@@ -122,8 +125,12 @@ class NanoVLMProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3, height, width), `labels` (B, T).
 
         Raises:
-            ValueError: if both are None, their numbers differ, or a text has more than one `<image>`.
+            ValueError: if both are None, their numbers differ, a text has more than one `<image>`, or `videos` or
+                `audio` is given.
         """
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: this model takes images and text only")
         if images is None and text is None:
             raise ValueError("give images, text or both")
         settings = self._merge_kwargs(
@@ -141,7 +148,8 @@ class NanoVLMProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         image_counts = None  # one for each text
         if images is not None:
-            image_settings.pop("return_tensors", None)
+            # Tensors stay on their device, and `device` moves them, only if tensors are returned.
+            image_settings["return_tensors"] = return_tensors if return_tensors in ("pt", TensorType.PYTORCH) else None
             images = self.image_processor.fetch_images(images)
             if isinstance(images, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in images):
                 image_counts = [len(one) if isinstance(one, (list, tuple)) else 1 for one in images]
@@ -253,16 +261,25 @@ class NanoVLMProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the processor in a form that Transformers 4.57 and 5.x both load."""
-        saved = super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        """Save the processor in a form that Transformers 4.57 and 5.x both load.
+
+        With `push_to_hub` it is uploaded with its code, as `push_to_hub()` does.
+        """
+        with self._saved_with_code() if push_to_hub else nullcontext():
+            saved = super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
         self._make_portable(save_directory)
         return saved
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the processor with the code that loads it by `trust_remote_code=True`."""
+        with self._saved_with_code():
+            return super().push_to_hub(*args, **kwargs)
+
+    @contextmanager
+    def _saved_with_code(self) -> Iterator[None]:
         try:
             with registered({type(self): "AutoProcessor", type(self.image_processor): "AutoImageProcessor"}):
-                return super().push_to_hub(*args, **kwargs)
+                yield
         finally:
             for one in (self, self.image_processor):
                 vars(one).pop("auto_map", None)  # set by the upload; local folders have none

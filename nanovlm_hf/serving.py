@@ -24,10 +24,11 @@ from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
-from .completion import finite_logits, fit_new_tokens, greedy_settings
+from .completion import finite_logits, fit_new_tokens
 from .completion_files import LOWEST_TEMPERATURE
 from .errors import InputError, first_line
 from .files import parse_json, validate
+from .generation_nanovlm import greedy_settings
 from .images import open_image_file
 from .loading import load_model
 from .modeling_nanovlm import NanoVLMForConditionalGeneration

@@ -180,6 +180,7 @@ def test_saved_code_is_flat_and_complete(tmp_path, tokenizer):
         "hub_nanovlm.py",
         "image_processing_nanovlm.py",
         "modeling_nanovlm.py",
+        "generation_nanovlm.py",
         "paper_nanovlm.py",
         "pillow_nanovlm.py",
         "processing_nanovlm.py",

@@ -20,6 +20,7 @@ from PIL import Image
 from nanovlm_hf import completion
 from nanovlm_hf.export import page as page_files
 from nanovlm_hf.export.page_server import page_server
+from nanovlm_hf.generation_nanovlm import greedy_settings
 from nanovlm_hf.loading import load_model
 
 from helpers.hub_client import online
@@ -133,7 +134,7 @@ def test_texts_equal_pytorchs(context, address, images, variant):
     page.locator("#complete:enabled").wait_for()
     for image in images:
         (expected,) = completion.complete(
-            model, processor, [image], "There is a", blind=True, **completion.greedy_settings(model.generation_config)
+            model, processor, [image], "There is a", blind=True, **greedy_settings(model.generation_config)
         )
         assert completed(page, image, " There is a ") == (expected.texts[0], expected.blind[0]), image.name
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
-from nanovlm_hf.completion import complete, greedy_settings, stream
+from nanovlm_hf.completion import complete, stream
 from nanovlm_hf.errors import completion_line
+from nanovlm_hf.generation_nanovlm import greedy_settings
 
-from helpers.models import random_image
+from helpers.models import random_image, tiny_model
 
 NEW = 10
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
@@ -188,6 +189,16 @@ def test_a_stream_of_a_checkpoint_with_beams_is_greedy_and_penalised(model, proc
     (beams,) = complete(model, processor, [tmp_path / "image.png"], **settings)
     tokens = model.generate(**inputs, max_new_tokens=20)
     assert beams.texts == [completion_line(processor.batch_decode(tokens, skip_special_tokens=True)[0])]
+
+
+def test_a_streamer_replaces_beams_that_are_the_checkpoints_default(model, processor):
+    model.generation_config.update(num_beams=3, no_repeat_ngram_size=2)
+    inputs = processor(images=random_image(1), text="There is", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=NEW, **greedy_settings(model.generation_config))
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, streamer=streamer), expected)
+    with pytest.raises(ValueError, match="streamer"):
+        model.generate(**inputs, max_new_tokens=NEW, streamer=streamer, num_beams=3)
 
 
 def test_a_checkpoint_without_beams_keeps_its_decoding(model):

@@ -11,8 +11,8 @@ import transformers
 from huggingface_hub import ModelCard
 
 from nanovlm_hf.checkpoints import SHIPPED
-from nanovlm_hf.completion import greedy_settings
 from nanovlm_hf.export.runtime import OnnxModel
+from nanovlm_hf.generation_nanovlm import greedy_settings
 from nanovlm_hf.hub.model_metadata import eval_results, hub_card
 from nanovlm_hf.hub.staging import stage_checkpoint
 from nanovlm_hf.loading import load_model
@@ -92,6 +92,8 @@ model.push_to_hub("org/tiny")
 processor.push_to_hub("org/tiny")
 model.save_pretrained(local + "/plain")
 processor.save_pretrained(local + "/plain")
+model.save_pretrained(local + "/saved", push_to_hub=True, repo_id="org/saved")
+processor.save_pretrained(local + "/saved-processor", push_to_hub=True, repo_id="org/saved")
 register_code()
 settings = {"push_to_hub": True, "hub_model_id": "org/trained", "report_to": []}
 arguments = transformers.TrainingArguments(local + "/trainer", **settings)
@@ -115,11 +117,9 @@ def test_push_to_hub_and_trainer_upload_the_code(hub, tmp_path):
     random_image(size=(224, 224)).save(photo)
     home = tmp_path / "other-user"
     home.mkdir()
-    # The trainer's repository names the class of Transformers 5 alone.
-    names, auto_class = ("org/tiny", "org/trained"), "AutoModelForImageTextToText"
-    pushed, trained = load(hub, home, photo, "without", *names, auto_class=auto_class)
+    pushed, saved, trained = load(hub, home, photo, "without", "org/tiny", "org/saved", "org/trained")
     assert pushed[0] == "transformers_modules"
-    assert trained == pushed
+    assert saved == trained == pushed
 
 
 @pytest.mark.slow

@@ -251,6 +251,14 @@ def test_padding_on_either_side_does_not_change_logits(model, processor, inputs)
     torch.testing.assert_close(right, want, atol=1e-5, rtol=1e-5)
 
 
+def test_image_tokens_have_no_loss(model, processor):
+    """Collators of language models set the labels of padding alone to -100."""
+    batch = processor(images=random_image(0), text="There is a big", return_labels=True, return_tensors="pt")
+    loss = model(**batch).loss
+    batch["labels"] = batch["input_ids"].clone()
+    torch.testing.assert_close(model(**batch).loss, loss)
+
+
 def test_loss_is_the_mean_over_the_labels(model, processor):
     batch = processor(
         images=[random_image(0), random_image(1)], text=["There is a big", "A"], return_labels=True, return_tensors="pt"

@@ -210,11 +210,21 @@ def test_texts_may_have_no_image(processor):
         ({"images": [[random_image(0), random_image(1)]], "text": ["A"]}, "one image for each text"),
         ({"images": [[]], "text": ["<image> A"]}, "one image for each text"),
         ({"images": random_image(), "text": [["A"]]}, "a string or a list of strings"),
+        ({"videos": [[random_image()]], "text": "A"}, "videos: this model takes images and text only"),
+        ({"images": random_image(), "audio": [0.0]}, "audio: this model takes images and text only"),
     ],
 )
 def test_invalid_inputs_are_refused(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+def test_images_go_to_the_device_that_is_asked_for(processor):
+    inputs = processor(images=random_image(), text="A", return_tensors="pt", device="meta")
+    assert inputs["pixel_values"].device.type == "meta"
+    assert inputs["input_ids"].device.type == "cpu"
+    with pytest.raises(ValueError, match="device"):
+        processor(images=random_image(), text="A", device="meta")
 
 
 def test_truncation_within_the_image_tokens_is_refused(processor):

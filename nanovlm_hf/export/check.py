@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..completion import greedy_settings
 from ..errors import completion_line
+from ..generation_nanovlm import greedy_settings
 from ..images import open_image_file
 from .runtime import OnnxModel
 

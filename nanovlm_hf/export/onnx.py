@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..completion import greedy_settings
 from ..errors import InputError
 from ..files import atomic_write, read_json
+from ..generation_nanovlm import greedy_settings
 from ..loading import load_model
 from .runtime import graph_path
 

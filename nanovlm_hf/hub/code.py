@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 from ..configuration_nanovlm import NanoVLMConfig
-from ..hub_nanovlm import MODEL_AUTO_CLASSES, registered
+from ..hub_nanovlm import registered
 from ..image_processing_nanovlm import NanoVLMImageProcessor
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
@@ -21,15 +20,9 @@ AUTO_CLASSES = {
 
 def save_with_code(model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, folder: str | Path) -> None:
     """Save a model and its processor with the code that loads them and the `auto_map` that names it."""
-    config = model.config
-    model.config = copy.deepcopy(config)
-    model.config.auto_map = dict(MODEL_AUTO_CLASSES)  # `save_pretrained` adds the entry of the config
-    try:
-        with registered(AUTO_CLASSES):
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-    finally:
-        model.config = config
+    with registered(AUTO_CLASSES):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def register_code() -> None:
