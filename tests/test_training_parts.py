@@ -47,6 +47,16 @@ def test_the_page_of_samples_escapes_texts(tmp_path):
     assert "<script" not in page
 
 
+def test_a_warm_up_that_outlasts_the_run_is_reported(train, tmp_path, toy):
+    options = (*tiny_options(toy, tmp_path / "run"), "--optimizer", "adamw", "--max_steps", 2)
+    code, errors = train(*options, "--warmup_steps", 2)
+    assert code == 0
+    assert "warmup_steps: the warm-up of 2 steps does not end within the 2 steps of the run" in errors
+    code, errors = train(*options, "--warmup_steps", 1, "--overwrite", "true")
+    assert code == 0
+    assert "warmup_steps" not in errors
+
+
 def test_a_kill_between_two_renames_loses_no_model(tmp_path):
     for name in ("last.previous", "best.previous", "best"):
         (tmp_path / name).mkdir()

@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_last_state_whole(train, toy, small_disk):
         ("preset: huge", (), "invalid choice: 'huge'"),
         ("texts: [poem]", (), "texts: 'poem' is not one of short, long, captions"),
         ("learning_rate: 0", (), "learning_rate: 0.0 is not above 0"),
-        ("", ("--eval_steps", "0"), "no list of"),
+        ("", ("--eval_steps", "0"), "expected a mapping of field names to values"),
         ("seed: 1", ("--eval_steps", "0"), "eval_steps: 0 is less than 1"),
         ("seed: 1", ("--sed", "1"), "there is no field 'sed': did you mean 'seed'?"),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -150,6 +151,12 @@ class _Run:
             self.model.model.language_model.compile(dynamic=True)
         in_bf16 = accelerator.mixed_precision == "bf16" and has_bf16(accelerator.device)
         optimizers = optimizers_of(self.model, arguments, muon_in_bf16=in_bf16, head=objective.distillation)
+        if arguments.warmup_steps >= self.steps and accelerator.is_main_process:
+            print(
+                f"warmup_steps: the warm-up of {arguments.warmup_steps} steps does not end within the {self.steps} "
+                "steps of the run, so the learning rate never reaches its peak: lower warmup_steps",
+                file=sys.stderr,
+            )
         # Accelerate advances a schedule by one for each process, so its length is counted in all their steps.
         warmup, steps = arguments.warmup_steps * accelerator.num_processes, self.steps * accelerator.num_processes
         schedules = [get_cosine_schedule_with_warmup(optimizer, warmup, steps) for optimizer in optimizers]
