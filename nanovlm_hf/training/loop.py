@@ -225,7 +225,7 @@ class _Run:
         if self.complete:
             if self.accelerator.is_main_process:
                 how = "has stopped early" if self._has_lost_patience() else "is finished"
-                print(f"{self.folder.path}: this run {how} (step {self.progress['step']}): nothing is left to do")
+                print(f"{self.folder.path}: this run {how} (step {self.progress['step']}): there is nothing left to do")
             return self.folder
         with self.signals, output_errors(self.folder.path):
             self._train()
@@ -353,7 +353,7 @@ class _Run:
         return not patient
 
     def _evaluated_model(self) -> torch.nn.Module:
-        """Return the model that is evaluated and saved: EMA, or unsharded weights. Every process has to call it."""
+        """Return the model that is evaluated and saved: EMA, or unsharded weights. Every process must call it."""
         if not self.sharded:
             return self.model if self.ema is None else self.ema.module
         weights = self.accelerator.get_state_dict(self.objective)
