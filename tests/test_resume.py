@@ -213,12 +213,12 @@ def test_early_stopping_is_final(toy, tmp_path, capsys, fresh_accelerate):
     train_tiny(toy, out, **fields)
     last = metrics(out)[-1]["step"]
     assert last < 40
-    assert "nothing is left to do" not in capsys.readouterr().out
+    assert "there is nothing left to do" not in capsys.readouterr().out
     before = content_of(out)
     for _ in range(2):
         train_tiny(toy, out, **fields, resume="auto")
         said = capsys.readouterr().out
-        assert f"{out}: this run has stopped early (step {last}): nothing is left to do" in said
+        assert f"{out}: this run has stopped early (step {last}): there is nothing left to do" in said
         assert content_of(out) == before
 
 

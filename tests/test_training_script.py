@@ -306,7 +306,7 @@ def test_missing_config(train, tmp_path):
         ({"grow_from": "nowhere"}, "grow_from: there is no checkpoint in nowhere"),
         (
             {"per_device_train_batch_size": 5000},
-            "per_device_train_batch_size: a step takes 5000 images, the train split",
+            "per_device_train_batch_size: a step takes 5000 images, but the train split",
         ),
         ({"resume": "nowhere"}, "resume: there is no state in nowhere"),
         ({"train_samples": 5000}, "train_samples: 5000 images, but the train split has"),

@@ -97,7 +97,7 @@ class RunArguments:
     texts: list[str] = _field(
         [],
         f"sources of the texts to learn: {', '.join(SOURCES)}, and files of texts without images (.txt, one a line; "
-        ".jsonl with text or captions); the first is evaluated and has to be the variant; default: the variant",
+        ".jsonl with text or captions); the first is evaluated and must be the variant; default: the variant",
     )
     text_weights: list[float] = _field(
         [],

@@ -64,6 +64,8 @@ def train(arguments: RunArguments) -> RunDirectory:
 
 
 class _Run:
+    """A run. `__init__` sets every attribute; it removes an old run only after everything that can fail was checked."""
+
     def __init__(self, arguments: RunArguments, accelerator: Accelerator):
         self.arguments, self.accelerator = arguments, accelerator
         if accelerator.device.type == "cpu":
@@ -79,29 +81,44 @@ class _Run:
             self.model.gradient_checkpointing_enable()
         with accelerator.local_main_process_first():
             self.splits = load_splits(arguments, self.processor, accelerator.device)
-        self._plan_steps()
-        self._prepare()
-        # The new run may remove an old one: only after everything that can fail was checked.
-        if accelerator.is_main_process:
-            self.folder = RunDirectory(arguments.output_dir, arguments.resume is not None, arguments.overwrite)
-        accelerator.wait_for_everyone()
-        self.folder = RunDirectory(arguments.output_dir, exist_ok=True)
+        images_per_batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        self.images_per_step = images_per_batch * accelerator.num_processes
+        self.steps = self._count_steps()
+        self.batches = self._make_batches()
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        objective = self._make_objective()
+        self.unsharded = copy.deepcopy(objective) if self.sharded else None
+        self.ema: AveragedModel | None = None
+        if arguments.ema_decay:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
+        self.objective, self.optimizers, self.schedules = self._prepare(objective)
+        self.folder = self._open_folder()
         self.progress: dict[str, Any] = {"step": 0, "best_eval_loss": math.inf, "evaluations_without_gain": 0}
         self.meter = Meter(accelerator.device, accelerator.num_processes)
         self.flops_per_image: float | None = None
         self.signals = StopSignals()
         self.recent_ids: list[list[int]] = []
-        self._resume()
+        self.complete = self._resume()
         self.callbacks = self._make_callbacks()
 
-    def _plan_steps(self) -> None:
+    def _count_steps(self) -> int:
         arguments, split = self.arguments, self.splits["train"]
-        micro_batches = arguments.gradient_accumulation_steps
-        self.images_per_step = arguments.per_device_train_batch_size * self.accelerator.num_processes * micro_batches
+        if isinstance(split, StreamedSplit):
+            return arguments.max_steps
+        if self.images_per_step > len(split):
+            raise InputError(
+                f"per_device_train_batch_size: a step takes {self.images_per_step} images, "
+                f"but the train split has {len(split)}"
+            )
+        return arguments.max_steps or math.ceil(arguments.num_train_epochs * len(split) / self.images_per_step)
+
+    def _make_batches(self) -> TrainingBatches | StreamedBatches:
+        arguments, split = self.arguments, self.splits["train"]
         settings = {
+            "steps": self.steps,
             "vocab_size": self.model.config.text_config.vocab_size,
             "batch_size": arguments.per_device_train_batch_size,
-            "micro_batches": micro_batches,
+            "micro_batches": arguments.gradient_accumulation_steps,
             "weights": arguments.weights_of_images + arguments.weights_of_files,
             "image_dropout": arguments.image_dropout,
             "reads_images": arguments.trains_encoder,
@@ -111,41 +128,29 @@ class _Run:
             "num_processes": self.accelerator.num_processes,
         }
         if isinstance(split, StreamedSplit):
-            self.steps = arguments.max_steps
-            self.batches = StreamedBatches(split, self.processor, arguments.texts, steps=self.steps, **settings)
-            return
-        if self.images_per_step > len(split):
-            raise InputError(
-                f"per_device_train_batch_size: a step takes {self.images_per_step} images, "
-                f"but the train split has {len(split)}"
-            )
-        steps_of_epochs = math.ceil(arguments.num_train_epochs * len(split) / self.images_per_step)
-        self.steps = arguments.max_steps or steps_of_epochs
+            return StreamedBatches(split, self.processor, arguments.texts, **settings)
         images = split.images
         if self.accelerator.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] // 2:
             images = torch.from_numpy(images.copy()).to(self.accelerator.device)
-        settings |= {
-            "files": split.files,
-            "teacher_features": split.teacher_features,
-        }
-        self.batches = TrainingBatches(images, split.texts, split.image_ids, steps=self.steps, **settings)
+        settings |= {"files": split.files, "teacher_features": split.teacher_features}
+        return TrainingBatches(images, split.texts, split.image_ids, **settings)
 
-    def _prepare(self) -> None:
-        arguments, accelerator = self.arguments, self.accelerator
+    def _make_objective(self) -> CompletionObjective:
+        arguments = self.arguments
         features = getattr(self.splits["train"], "teacher_features", None)
         objective = CompletionObjective(self.model, None if features is None else features.shape[1])
-        objective = objective.to(accelerator.device)
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        objective = objective.to(self.accelerator.device)
         if arguments.ema_decay and self.sharded:
             raise InputError("ema_decay: not supported with FSDP: launch with --multi_gpu, or leave it out")
         if arguments.optimizer == "muon" and self.sharded:
             raise InputError(
                 "optimizer: Muon needs unsharded matrices: launch with --multi_gpu, or use --optimizer adamw"
             )
-        self.unsharded = copy.deepcopy(objective) if self.sharded else None
-        self.ema = None
-        if arguments.ema_decay:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
+        return objective
+
+    def _prepare(self, objective: CompletionObjective) -> tuple[torch.nn.Module, list[Any], list[Any]]:
+        """Return the objective, its optimizers and their schedules, prepared by Accelerate."""
+        arguments, accelerator = self.arguments, self.accelerator
         if arguments.compile:
             self.model.model.vision_tower.compile()
             self.model.model.language_model.compile(dynamic=True)
@@ -160,10 +165,18 @@ class _Run:
         # Accelerate advances a schedule by one for each process, so its length is counted in all their steps.
         warmup, steps = arguments.warmup_steps * accelerator.num_processes, self.steps * accelerator.num_processes
         schedules = [get_cosine_schedule_with_warmup(optimizer, warmup, steps) for optimizer in optimizers]
-        self.objective, *prepared = accelerator.prepare(objective, *optimizers, *schedules)
-        self.optimizers, self.schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
+        prepared, *others = accelerator.prepare(objective, *optimizers, *schedules)
+        return prepared, others[: len(optimizers)], others[len(optimizers) :]
 
-    def _resume(self) -> None:
+    def _open_folder(self) -> RunDirectory:
+        arguments, accelerator = self.arguments, self.accelerator
+        if accelerator.is_main_process:  # it creates the directory and may remove an old run
+            RunDirectory(arguments.output_dir, arguments.resume is not None, arguments.overwrite)
+        accelerator.wait_for_everyone()
+        return RunDirectory(arguments.output_dir, exist_ok=True)
+
+    def _resume(self) -> bool:
+        """Load the state to resume from, if there is one; return whether the run is complete."""
         arguments, accelerator = self.arguments, self.accelerator
         record = describe_run(arguments, self.splits, accelerator)
         state = find_state(arguments.resume, self.folder)
@@ -174,13 +187,14 @@ class _Run:
             self._resume_stream(self.progress.pop("positions"))
             if not (self.folder.path / "best").exists():  # the state is of a run in another folder
                 self.progress["best_eval_loss"] = math.inf
-        self.complete = self._is_over() and self.folder.is_complete()
+        complete = self._is_over() and self.folder.is_complete()
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not self.complete:
+        if accelerator.is_main_process and not complete:
             self.folder.truncate_metrics(self.progress["step"])
             self.folder.remove_states_after(self.progress["step"])
             self.folder.mark_incomplete()
             self.folder.describe(record)
+        return complete
 
     def _resume_stream(self, positions: list[list[int]] | None) -> None:
         if positions is None:
@@ -211,7 +225,7 @@ class _Run:
         if self.complete:
             if self.accelerator.is_main_process:
                 how = "has stopped early" if self._has_lost_patience() else "is finished"
-                print(f"{self.folder.path}: this run {how} (step {self.progress['step']}): nothing is left to do")
+                print(f"{self.folder.path}: this run {how} (step {self.progress['step']}): there is nothing left to do")
             return self.folder
         with self.signals, output_errors(self.folder.path):
             self._train()
@@ -339,7 +353,7 @@ class _Run:
         return not patient
 
     def _evaluated_model(self) -> torch.nn.Module:
-        """Return the model that is evaluated and saved: EMA, or unsharded weights. Every process has to call it."""
+        """Return the model that is evaluated and saved: EMA, or unsharded weights. Every process must call it."""
         if not self.sharded:
             return self.model if self.ema is None else self.ema.module
         weights = self.accelerator.get_state_dict(self.objective)

@@ -119,7 +119,7 @@ class StreamedBatches:
         self._epoch = 0
 
     def from_step(self, step: int) -> Iterator[dict[str, object]]:
-        """Yield the batches from a step on, `micro_batches` for each step; `position` has to be that of the step.
+        """Yield the batches from a step on, `micro_batches` for each step; `position` must be that of the step.
 
         Raises:
             InputError: if the stream is empty or fails, or if more than 1% of the images do not decode.
