@@ -8,7 +8,7 @@ from nanovlm_hf.completion import complete, stream
 from nanovlm_hf.errors import completion_line
 from nanovlm_hf.generation_nanovlm import greedy_settings
 
-from helpers.models import random_image, tiny_model
+from helpers.models import random_image
 
 NEW = 10
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
