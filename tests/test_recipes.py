@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanovlm_hf.training.arguments import read_arguments
+from nanovlm_hf.training.initial_model import model_config
 
 RECIPES = Path(__file__).parents[1] / "training/recipes"
 ACCELERATE = """#!{python}
@@ -122,3 +123,22 @@ def test_wrong_use_is_one_line(tmp_path, name, arguments):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "usage" in done.stderr or "no such file or folder" in done.stderr
+
+
+def test_each_ablation_differs_in_one_respect(follow):
+    stages = follow("ablations", "stories.txt")
+    assert stages.pop("vision").teacher
+    assert stages.pop("decoder").image_dropout == 1
+    assert {(fields.max_steps, tuple(fields.texts)) for fields in stages.values()} == {
+        (400, ("short", "long", "captions"))
+    }
+    assert [name for name, fields in stages.items() if fields.init_from is None] == [
+        *("scratch", "encoder_50", "encoder_60", "encoder_70", "tokens_197")
+    ]
+    assert {stages[f"images_{number}"].train_samples for number in (1000, 3000, 9000)} == {1000, 3000, 9000}
+    mini = model_config(stages["scratch"], vocab_size=5120).parameter_counts()
+    for name, share in (("scratch", 0.8), ("encoder_70", 0.7), ("encoder_60", 0.6), ("encoder_50", 0.5)):
+        counts = model_config(stages[name], vocab_size=5120).parameter_counts()
+        assert counts["total"] == pytest.approx(mini["total"], rel=0.01)
+        assert counts["encoder"] / (counts["encoder"] + counts["decoder"]) == pytest.approx(share, abs=0.015)
+    assert model_config(stages["tokens_197"], vocab_size=5120).image_seq_length == 197

@@ -111,14 +111,6 @@ def test_the_papers_six_runs(preset, variant):
     assert config.image_seq_length == 1
 
 
-@pytest.mark.parametrize("share", [50, 60, 70, 80])
-def test_the_encoders_share_at_equal_parameters(share):
-    counts = config_of(f"ablation_encoder_{share}")[1].parameter_counts()
-    mini = NanoVLMConfig.from_preset("mini").parameter_counts()
-    assert counts["total"] == pytest.approx(mini["total"], rel=0.01)
-    assert counts["encoder"] / (counts["encoder"] + counts["decoder"]) == pytest.approx(share / 100, abs=0.015)
-
-
 @pytest.fixture
 def texts(tokenizer):
     rows = [
