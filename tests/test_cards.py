@@ -36,6 +36,12 @@ def damage(folder, name, value):
     (folder / RECORD).write_text(yaml.safe_dump(content | {name: value}))
 
 
+def evaluated(folder, **fields):
+    """Change fields of a checkpoint's evaluation."""
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "mini-short"
@@ -212,14 +218,14 @@ def test_the_command_is_the_config_and_the_arguments_that_differ():
     assert "--texts" not in long
 
 
-def a_report(folder, name="mini-short"):
+def a_report(folder, name="mini-short", written_from=None):
     """Write a report of `nanovlm evaluate` on three items; the second names most unseen objects."""
     evaluation = json.loads((SHIPPED["mini-short"] / "evaluation.json").read_text())
     measured = evaluation["in_domain"]
     unseen = [["hat"], ["hat", "ball", "car"], []]
     measured["mentions"]["rows"] = [{"unseen": things} for things in unseen]
     measured["originality"]["rows"] = []
-    settings = {"dataset": "data", "variant": "short", "prefix_words": None}
+    settings = {"dataset": "data", "variant": "short", "prefix_words": None, "written_from": written_from}
     results = {
         "settings": settings,
         "models": {name: {}},
@@ -254,6 +260,35 @@ def test_the_card_contains_an_evaluation(checkpoint, tmp_path):
     assert failures.splitlines()[1] == r"| 1 | A dog | says \| 1. | hat, ball, car | sees 1. |"
 
 
+@pytest.mark.parametrize(
+    ("written_from", "stated", "dataset"),
+    [
+        (None, "on\n953 validation images, with", "953 validation images of the evaluation, see the card"),
+        (
+            "image",
+            "only images count whose descriptions were written from the image.",
+            "953 validation images whose descriptions were written from the image, see the card",
+        ),
+    ],
+)
+def test_the_card_tells_the_images_of_training_and_evaluation_apart(
+    checkpoint, tmp_path, written_from, stated, dataset
+):
+    model_card.add_evaluation(checkpoint, a_report(tmp_path / "report", written_from=written_from))
+    assert json.loads((checkpoint / "evaluation.json").read_text())["written_from"] == written_from
+    model_card.write_card(checkpoint)
+    text = (checkpoint / "README.md").read_text()
+    assert stated in text
+    assert ("images count whose" in text) == (written_from is not None)
+    results = {
+        result.metric_type: (result.dataset_name, result.dataset_split)
+        for result in ModelCard.load(checkpoint / "README.md", ignore_metadata_errors=False).data.eval_results
+    }
+    assert results["grounding_gap"] == ("validation images of the training, see the card", "validation")
+    assert results["r_at_1_of_32"] == (dataset, "validation")
+    assert results["object_precision"][1] == "test"
+
+
 def test_a_card_without_an_evaluation(checkpoint):
     (checkpoint / "evaluation.json").unlink()
     text = model_card.card(checkpoint)
@@ -286,6 +321,8 @@ def test_a_card_without_an_evaluation(checkpoint):
         ),
         (lambda folder: (folder / "metrics.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "evaluation.json").write_text("{}"), "evaluation.json: grounding.retrieval"),
+        (lambda folder: evaluated(folder, written_from="me"), "written_from: choose captions or image"),
+        (lambda folder: evaluated(folder, items=None), "evaluation.json: items is missing"),
     ],
 )
 def test_an_incomplete_checkpoint_has_no_card(checkpoint, change, problem):
