@@ -180,6 +180,66 @@ def test_a_record_names_a_checkpoint_without_local_paths(tmp_path, monkeypatch, 
     assert f"--init_from {recorded}" in lineage.command(public)[-1]
 
 
+def metadata_of(folder):
+    model_card.write_card(folder)
+    return ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data
+
+
+def arguments(folder, **fields):
+    """Change arguments of a checkpoint's record."""
+    damage(folder, "arguments", yaml.safe_load((folder / RECORD).read_text())["arguments"] | fields)
+
+
+OTHER_DATA = {"train": {"photos": 40, "sha256": "a" * 16}, "validation": {"photos": 4, "sha256": "b" * 16}}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "named"),
+    [("my_cats", None), ("org/cats", ["org/cats"]), ("/home/me/cats", None), ("../cats", None), ("here/cats", None)],
+)
+def test_the_card_names_a_dataset_that_others_can_know(checkpoint, tmp_path, monkeypatch, dataset, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "cats").mkdir(parents=True)
+    assert metadata_of(checkpoint).datasets == ["ShortDesc"], "by the hashes of its splits"
+    damage(checkpoint, "data", OTHER_DATA)
+    arguments(checkpoint, dataset=dataset)
+    assert metadata_of(checkpoint).datasets == named
+
+
+def test_the_hub_id_of_a_dataset_is_taken_from_the_run(tmp_path):
+    """The checkpoint's own record has only the last part of the name."""
+    run = a_run(tmp_path / "run")
+    arguments(run.path, dataset="org/cats")
+    damage(run.path, "data", OTHER_DATA)
+    best = shutil.copytree(SHIPPED["mini-short"], run.path / "best")
+    damage(best, "data", OTHER_DATA)
+    assert metadata_of(best).datasets == ["org/cats"]
+
+
+@pytest.mark.parametrize(
+    ("init_from", "base_model"),
+    [
+        ("mini-long", "mini-long"),
+        ("org/model", "org/model"),
+        (None, None),
+        ("runs/last", None),
+        ("runs/try/best", None),
+        ("mine", None),
+        ("here/model", None),
+    ],
+)
+def test_the_card_names_the_base_model(checkpoint, tmp_path, monkeypatch, init_from, base_model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    assert metadata_of(checkpoint).base_model is None
+    arguments(checkpoint, init_from=init_from)
+    assert metadata_of(checkpoint).base_model == base_model
+    earlier = yaml.safe_load((checkpoint / RECORD).read_text())
+    arguments(checkpoint, init_from="runs/first/best")
+    damage(checkpoint, "before", [{name: value for name, value in earlier.items() if name not in ("name", "about")}])
+    assert metadata_of(checkpoint).base_model == base_model, "of the run before"
+
+
 def test_the_card_states_the_precision_that_was_used(checkpoint):
     path = checkpoint / RECORD
     content = yaml.safe_load(path.read_text())

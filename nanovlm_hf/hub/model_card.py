@@ -31,6 +31,7 @@ from ..training.lineage import command, lineage
 from ..training.run_record import RECORD, Evaluation, VariantName, checkpoint_record, images_per_step
 from ..variants import VARIANTS
 from .model_metadata import DESCRIBED, METRICS, REQUIRED, eval_results
+from .origins import base_model_of, datasets_of
 
 PAPERS_LEARNING_RATE = 1e-3  # section 2.3
 EXAMPLES, FAILURES = 4, 4  # completions that a card shows
@@ -94,7 +95,8 @@ def _metadata(folder: Path, record: dict[str, Any]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["nanovlm_hf", "image-captioning"],
-        datasets=[VARIANTS[record["arguments"]["variant"]].title],
+        datasets=datasets_of(folder, record),
+        base_model=base_model_of(record),
         model_name=record["name"],
         eval_results=eval_results(folder),
         **({} if estimate is None else {"co2_eq_emissions": estimate}),

@@ -169,6 +169,8 @@ def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) 
     datasets = validate(card.data.datasets, list[str] | str | None, f"{where}: datasets") or []
     datasets = [datasets] if isinstance(datasets, str) else datasets
     card.data.datasets = [name if "/" in name else f"{namespace}/{name}" for name in datasets] or None
+    if isinstance(card.data.base_model, str) and "/" not in card.data.base_model:
+        card.data.base_model = None  # a short name of this package, which the Hub does not know
     card.text = re.sub(r"^folder = .*$", f'folder = "{repo_id}"', card.text, count=1, flags=re.MULTILINE)
     if code:
         card.text = card.text.replace("\nimport nanovlm_hf\n", "\n", 1)
