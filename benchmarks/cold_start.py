@@ -1,7 +1,7 @@
 """Compare the time of `nanovlm complete` in a new process with that of importing the libraries alone.
 
 `python benchmarks/cold_start.py` runs both and the steps between them alternately, and the completion of an exported
-model, and prints the medians. It needs the extra `onnx`.
+model, and prints the medians. Both completions are greedy. It needs the extra `onnx`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
         Image.fromarray(pixels).save(photo)
         exported = Path(folder) / "onnx"
         subprocess.run([nanovlm, "export", "mini-short", "--out", exported], check=True, stdout=subprocess.DEVNULL)
-        options = [photo, "--prefix", "There is a big"]
+        options = [photo, "--prefix", "There is a big", "--num-beams", "1"]
         commands = {
             "import torch, transformers, an Auto class": [sys.executable, "-c", IMPORT],
             "the same and PreTrainedModel": [sys.executable, "-c", IMPORT_MODEL],

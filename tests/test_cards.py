@@ -36,6 +36,12 @@ def damage(folder, name, value):
     (folder / RECORD).write_text(yaml.safe_dump(content | {name: value}))
 
 
+def evaluated(folder, **fields):
+    """Change fields of a checkpoint's evaluation."""
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "mini-short"
@@ -174,6 +180,66 @@ def test_a_record_names_a_checkpoint_without_local_paths(tmp_path, monkeypatch, 
     assert f"--init_from {recorded}" in lineage.command(public)[-1]
 
 
+def metadata_of(folder):
+    model_card.write_card(folder)
+    return ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data
+
+
+def arguments(folder, **fields):
+    """Change arguments of a checkpoint's record."""
+    damage(folder, "arguments", yaml.safe_load((folder / RECORD).read_text())["arguments"] | fields)
+
+
+OTHER_DATA = {"train": {"photos": 40, "sha256": "a" * 16}, "validation": {"photos": 4, "sha256": "b" * 16}}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "named"),
+    [("my_cats", None), ("org/cats", ["org/cats"]), ("/home/me/cats", None), ("../cats", None), ("here/cats", None)],
+)
+def test_the_card_names_a_dataset_that_others_can_know(checkpoint, tmp_path, monkeypatch, dataset, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "cats").mkdir(parents=True)
+    assert metadata_of(checkpoint).datasets == ["ShortDesc"], "by the hashes of its splits"
+    damage(checkpoint, "data", OTHER_DATA)
+    arguments(checkpoint, dataset=dataset)
+    assert metadata_of(checkpoint).datasets == named
+
+
+def test_the_hub_id_of_a_dataset_is_taken_from_the_run(tmp_path):
+    """The checkpoint's own record has only the last part of the name."""
+    run = a_run(tmp_path / "run")
+    arguments(run.path, dataset="org/cats")
+    damage(run.path, "data", OTHER_DATA)
+    best = shutil.copytree(SHIPPED["mini-short"], run.path / "best")
+    damage(best, "data", OTHER_DATA)
+    assert metadata_of(best).datasets == ["org/cats"]
+
+
+@pytest.mark.parametrize(
+    ("init_from", "base_model"),
+    [
+        ("mini-long", "mini-long"),
+        ("org/model", "org/model"),
+        (None, None),
+        ("runs/last", None),
+        ("runs/try/best", None),
+        ("mine", None),
+        ("here/model", None),
+    ],
+)
+def test_the_card_names_the_base_model(checkpoint, tmp_path, monkeypatch, init_from, base_model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    assert metadata_of(checkpoint).base_model is None
+    arguments(checkpoint, init_from=init_from)
+    assert metadata_of(checkpoint).base_model == base_model
+    earlier = yaml.safe_load((checkpoint / RECORD).read_text())
+    arguments(checkpoint, init_from="runs/first/best")
+    damage(checkpoint, "before", [{name: value for name, value in earlier.items() if name not in ("name", "about")}])
+    assert metadata_of(checkpoint).base_model == base_model, "of the run before"
+
+
 def test_the_card_states_the_precision_that_was_used(checkpoint):
     path = checkpoint / RECORD
     content = yaml.safe_load(path.read_text())
@@ -212,14 +278,14 @@ def test_the_command_is_the_config_and_the_arguments_that_differ():
     assert "--texts" not in long
 
 
-def a_report(folder, name="mini-short"):
+def a_report(folder, name="mini-short", written_from=None):
     """Write a report of `nanovlm evaluate` on three items; the second names most unseen objects."""
     evaluation = json.loads((SHIPPED["mini-short"] / "evaluation.json").read_text())
     measured = evaluation["in_domain"]
     unseen = [["hat"], ["hat", "ball", "car"], []]
     measured["mentions"]["rows"] = [{"unseen": things} for things in unseen]
     measured["originality"]["rows"] = []
-    settings = {"dataset": "data", "variant": "short", "prefix_words": None}
+    settings = {"dataset": "data", "variant": "short", "prefix_words": None, "written_from": written_from}
     results = {
         "settings": settings,
         "models": {name: {}},
@@ -254,6 +320,35 @@ def test_the_card_contains_an_evaluation(checkpoint, tmp_path):
     assert failures.splitlines()[1] == r"| 1 | A dog | says \| 1. | hat, ball, car | sees 1. |"
 
 
+@pytest.mark.parametrize(
+    ("written_from", "stated", "dataset"),
+    [
+        (None, "on\n953 validation images, with", "953 validation images of the evaluation, see the card"),
+        (
+            "image",
+            "only images count whose descriptions were written from the image.",
+            "953 validation images whose descriptions were written from the image, see the card",
+        ),
+    ],
+)
+def test_the_card_tells_the_images_of_training_and_evaluation_apart(
+    checkpoint, tmp_path, written_from, stated, dataset
+):
+    model_card.add_evaluation(checkpoint, a_report(tmp_path / "report", written_from=written_from))
+    assert json.loads((checkpoint / "evaluation.json").read_text())["written_from"] == written_from
+    model_card.write_card(checkpoint)
+    text = (checkpoint / "README.md").read_text()
+    assert stated in text
+    assert ("images count whose" in text) == (written_from is not None)
+    results = {
+        result.metric_type: (result.dataset_name, result.dataset_split)
+        for result in ModelCard.load(checkpoint / "README.md", ignore_metadata_errors=False).data.eval_results
+    }
+    assert results["grounding_gap"] == ("validation images of the training, see the card", "validation")
+    assert results["r_at_1_of_32"] == (dataset, "validation")
+    assert results["object_precision"][1] == "test"
+
+
 def test_a_card_without_an_evaluation(checkpoint):
     (checkpoint / "evaluation.json").unlink()
     text = model_card.card(checkpoint)
@@ -286,6 +381,8 @@ def test_a_card_without_an_evaluation(checkpoint):
         ),
         (lambda folder: (folder / "metrics.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "evaluation.json").write_text("{}"), "evaluation.json: grounding.retrieval"),
+        (lambda folder: evaluated(folder, written_from="me"), "written_from: choose captions or image"),
+        (lambda folder: evaluated(folder, items=None), "evaluation.json: items is missing"),
     ],
 )
 def test_an_incomplete_checkpoint_has_no_card(checkpoint, change, problem):

@@ -332,6 +332,14 @@ def test_card_metadata_state_the_metrics(staged):
     assert "SHIPPED" not in card.text.split("folder = ")[1].splitlines()[0]
 
 
+@pytest.mark.parametrize(("base", "published"), [("mini-long", None), ("org/base", "org/base")])
+def test_a_base_model_is_published_by_its_hub_id(tmp_path, base, published):
+    folder = shutil.copytree(SHIPPED["mini-short"], tmp_path / "checkpoint")
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("---\n", f"---\nbase_model: {base}\n", 1))
+    assert ModelCard(hub_card(folder, "org/tiny")).data.base_model == published
+
+
 def test_a_card_with_the_old_name_of_a_metric_is_accepted(tmp_path):
     folder = shutil.copytree(SHIPPED["mini-short"], tmp_path / "checkpoint")
     card = folder / "README.md"

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import InputError, UsageError, first_line, scrub
+
+_FORM = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether a name is a valid `namespace/name`."""
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return _FORM.fullmatch(name) is not None
+    return False
 
 
 def need_name(repo_id: str) -> None:
@@ -23,7 +33,7 @@ def need_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(f"{repo_id}: {first_line(error)}") from None
-    if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo_id, re.ASCII) is None:
+    if _FORM.fullmatch(repo_id) is None:
         raise UsageError(f"{repo_id}: use namespace/name, with ASCII letters, digits, '-', '_' and '.'")
 
 

@@ -30,7 +30,8 @@ from ..training.compute import compute_statement, emissions, stages
 from ..training.lineage import command, lineage
 from ..training.run_record import RECORD, Evaluation, VariantName, checkpoint_record, images_per_step
 from ..variants import VARIANTS
-from .model_metadata import METRICS, REQUIRED, eval_results
+from .model_metadata import DESCRIBED, METRICS, REQUIRED, eval_results
+from .origins import base_model_of, datasets_of
 
 PAPERS_LEARNING_RATE = 1e-3  # section 2.3
 EXAMPLES, FAILURES = 4, 4  # completions that a card shows
@@ -79,6 +80,7 @@ def card(folder: Path) -> str:
             title: metrics[name] for name, title in METRICS.items() if name not in REQUIRED and name in metrics
         },
         evaluation=evaluation,
+        described=DESCRIBED.get((evaluation or {}).get("written_from")),
         grades=grade_tables(evaluation, folder / "evaluation.json"),
         interval=functools.partial(interval, percent=True),
     )
@@ -93,7 +95,8 @@ def _metadata(folder: Path, record: dict[str, Any]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["nanovlm_hf", "image-captioning"],
-        datasets=[VARIANTS[record["arguments"]["variant"]].title],
+        datasets=datasets_of(folder, record),
+        base_model=base_model_of(record),
         model_name=record["name"],
         eval_results=eval_results(folder),
         **({} if estimate is None else {"co2_eq_emissions": estimate}),
@@ -177,6 +180,7 @@ class _Settings(BaseModel):
     dataset: str
     variant: VariantName
     prefix_words: int | None
+    written_from: str | None = None
 
 
 class _Measured(BaseModel):
@@ -228,6 +232,7 @@ def add_evaluation(folder: Path, report: Path) -> None:
         {
             "dataset": settings["dataset"],
             "variant": settings["variant"],
+            "written_from": settings.get("written_from"),
             "items": in_domain["items"],
             "prefix_words": settings["prefix_words"] or PREFIX_WORDS[settings["variant"]],
             "grounding": results["grounding"][folder.name],

@@ -6,11 +6,12 @@ import math
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
+from ..data.sources import ORIGINS
 from ..errors import InputError, first_line
 from ..files import read_json, read_text, validate
 
@@ -28,10 +29,26 @@ EVALUATED = {
     "rouge1_nearest": ("ROUGE-1 to the nearest training text", ("in_domain", "originality", "rouge1_nearest")),
 }
 OLD_NAMES = {"things_precision": "object_precision"}  # of metrics, in cards of older versions
+# What an evaluation's descriptions were written from, after "images".
+DESCRIBED = {
+    "captions": "whose descriptions were written from captions",
+    "image": "whose descriptions were written from the image",
+}
 REMEDY = "write it with `python -m nanovlm_hf.hub.model_card`"
 MAX_METRIC = 1e9  # losses, shares and ROUGE are far below
 MAX_METADATA = 200_000  # characters
 MAX_BRACKETS = 1_000  # `[` and `{`: PyYAML's time grows with the square of their nesting
+
+
+class _Images(NamedTuple):
+    """Images of a result. The Hub tells them apart by `config` and `split`, not by their name."""
+
+    name: str
+    config: str
+    split: str
+
+
+_TRAINING = _Images("validation images of the training", "training", "validation")
 
 
 def eval_results(folder: Path) -> list[EvalResult]:
@@ -48,28 +65,56 @@ def eval_results(folder: Path) -> list[EvalResult]:
             continue
         if value is None:
             raise InputError(f"{folder.name}: metrics.json: {name} is missing or is not a number: write the file again")
-        found.append(("validation", name, title, value))
+        found.append((_TRAINING, name, title, value))
     if (folder / "evaluation.json").exists():
         evaluation = _read_numbers(folder / "evaluation.json")
+        where = f"{folder.name}: evaluation.json"
+        values = {name: _needed(evaluation, keys, where) for name, (_, keys) in EVALUATED.items()}
+        origin = written_from(evaluation, where)
+        sets = {
+            "grounding": _evaluated(_needed(evaluation, ("grounding", "photos"), where), "validation", origin),
+            "in_domain": _evaluated(_needed(evaluation, ("items",), where), "test", origin),
+        }
         for name, (title, keys) in EVALUATED.items():
-            value = _number(evaluation, keys)
-            if value is None:
-                raise InputError(
-                    f"{folder.name}: evaluation.json: {'.'.join(keys)} is missing or is not a number: evaluate it again"
-                )
-            found.append(("validation" if keys[0] == "grounding" else "test", name, title, value))
+            found.append((sets[keys[0]], name, title, values[name]))
     return [
         EvalResult(
             task_type="image-text-to-text",
             dataset_type="nanovlm_hf",
-            dataset_name=f"{split} images, see the card",
-            dataset_split=split,
+            dataset_name=f"{images.name}, see the card",
+            dataset_config=images.config,
+            dataset_split=images.split,
             metric_type=name,
             metric_name=title,
             metric_value=round(value, 4),
         )
-        for split, name, title, value in found
+        for images, name, title, value in found
     ]
+
+
+def written_from(evaluation: dict[str, Any], where: str) -> str | None:
+    """Return what the descriptions of an evaluation were written from, `captions` or `image`; None for any.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    origin = evaluation.get("written_from")
+    if origin not in (None, *ORIGINS):
+        raise InputError(f"{where}: written_from: choose {' or '.join(ORIGINS)}")
+    return origin
+
+
+def _evaluated(number: float, split: str, origin: str | None) -> _Images:
+    """Return the images of one split that an evaluation used."""
+    name = f"{number:,} {split} images {'of the evaluation' if origin is None else DESCRIBED[origin]}"
+    return _Images(name, "evaluate", split)
+
+
+def _needed(evaluation: dict[str, Any], keys: tuple[str, ...], where: str) -> float:
+    value = _number(evaluation, keys)
+    if value is None:
+        raise InputError(f"{where}: {'.'.join(keys)} is missing or is not a number: evaluate it again")
+    return value
 
 
 def _read_numbers(path: Path) -> dict[str, Any]:
@@ -124,6 +169,8 @@ def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) 
     datasets = validate(card.data.datasets, list[str] | str | None, f"{where}: datasets") or []
     datasets = [datasets] if isinstance(datasets, str) else datasets
     card.data.datasets = [name if "/" in name else f"{namespace}/{name}" for name in datasets] or None
+    if isinstance(card.data.base_model, str) and "/" not in card.data.base_model:
+        card.data.base_model = None  # a short name of this package, which the Hub does not know
     card.text = re.sub(r"^folder = .*$", f'folder = "{repo_id}"', card.text, count=1, flags=re.MULTILINE)
     if code:
         card.text = card.text.replace("\nimport nanovlm_hf\n", "\n", 1)
