@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from nanovlm_hf import SHIPPED, InputError
+from nanovlm_hf.errors import printable
 from nanovlm_hf.hub import model_card
+from nanovlm_hf.training import arguments as train_arguments
 from nanovlm_hf.training import compare, compute, lineage, record
 from nanovlm_hf.training.run_directory import RECORD, RunDirectory
 
@@ -34,6 +37,12 @@ def damage(folder, name, value):
     """Change a field of a checkpoint's record."""
     content = yaml.safe_load((folder / RECORD).read_text())
     (folder / RECORD).write_text(yaml.safe_dump(content | {name: value}))
+
+
+def change_arguments(folder, **values):
+    """Change arguments in a record."""
+    content = yaml.safe_load((folder / RECORD).read_text())
+    damage(folder, "arguments", content["arguments"] | values)
 
 
 @pytest.fixture
@@ -172,6 +181,85 @@ def test_a_record_names_a_checkpoint_without_local_paths(tmp_path, monkeypatch, 
     public = lineage.public_record(a_run(tmp_path / "run", init_from))
     assert public["arguments"]["init_from"] == recorded
     assert f"--init_from {recorded}" in lineage.command(public)[-1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "teacher", "init_from"),
+    [
+        (["short"], [], None),
+        (["short", "long", "captions"], ["efficientnet-lite0"], "mini-short"),
+        (["short", "stories.txt"], ["mini-short", "org/dinov2"], "model"),
+        (["short", "/a/my stories.txt", "/b/my stories.txt"], ["/models/vit"], "org/model"),
+    ],
+)
+def test_names_are_not_paths_in_the_folder_of_a_run(tmp_path, monkeypatch, texts, teacher, init_from):
+    monkeypatch.chdir(a_run(tmp_path / "old").path)
+    run = a_run(tmp_path / "new", init_from)
+    change_arguments(
+        run.path, texts=texts, text_weights=[1.0] * len(texts), teacher=teacher, dataset=".", tokenizer="."
+    )
+    public = lineage.public_record(run)
+    names = [*public["arguments"]["texts"], *public["arguments"]["teacher"], public["arguments"]["init_from"] or ""]
+    assert not any(name.startswith("runs/") for name in names)
+    assert public["arguments"]["dataset"] == "old"
+    lineage.check_lineage(run.description(), run)
+    given = train_arguments.read_arguments(shlex.split(lineage.command(public)[-1])[4:])
+    assert given.texts == public["arguments"]["texts"]
+    assert [path.name for path in (run.path, tmp_path / "old")] == ["new", RunDirectory(".", exist_ok=True).name]
+
+
+def test_a_run_that_was_initialised_from_itself_is_refused(tmp_path):
+    a_run(tmp_path / "one", tmp_path / "two" / "best")
+    with pytest.raises(InputError, match=r"initialised from itself: correct init_from"):
+        lineage.public_record(a_run(tmp_path / "two", tmp_path / "one" / "best"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("teacher", 5),
+        ("tokenizer", 5),
+        ("texts", [1]),
+        ("per_device_train_batch_size", 10**400),
+        ("gradient_accumulation_steps", 0),
+        ("patch_dropout", "0.5"),
+        ("muon_learning_rate", "high"),
+        ("seed", -1),
+        ("grow_from", "a\0b"),
+        ("output_dir", ""),
+    ],
+)
+def test_a_damaged_argument_of_a_record_is_named_with_its_file(tmp_path, name, value):
+    run = a_run(tmp_path / "run").path
+    change_arguments(run, **{name: value})
+    with pytest.raises(InputError, match=name) as caught:
+        compare.record_of(run)
+    assert str(caught.value).startswith(f"{run / RECORD}: ")
+    assert "configs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("commit", ["abc\nrm -rf ~ #", "deadbeef; reboot", "HEAD", "$(reboot)", 5])
+def test_a_commit_is_hexadecimal(tmp_path, commit):
+    run = a_run(tmp_path / "run").path
+    damage(run, "git_commit", commit)
+    with pytest.raises(InputError, match="git_commit"):
+        compare.commands([run])
+
+
+@pytest.mark.parametrize("value", ["a b", "a\nrm -rf ~ #", "$(reboot)", "`reboot`", "a;reboot", "'", "a\u202eb"])
+@pytest.mark.parametrize("name", ["grow_from", "output_dir", "texts", "average_of"])
+def test_a_command_quotes_its_values(tmp_path, name, value):
+    run = a_run(tmp_path / "run").path
+    record = yaml.safe_load((run / RECORD).read_text())
+    if name == "average_of":
+        record |= {"average_of": [value, "two"]}
+    elif name == "texts":
+        record["arguments"] |= {"texts": ["short", f"{value}.txt"], "text_weights": [1.0, 1.0]}
+    else:
+        record["arguments"] |= {name: value}
+    *_, line = lineage.command(record)
+    assert len(line.splitlines()) == 1
+    assert any(word.startswith(printable(value)) for word in shlex.split(line))
 
 
 def test_the_card_states_the_precision_that_was_used(checkpoint):

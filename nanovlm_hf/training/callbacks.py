@@ -111,7 +111,7 @@ class ModelCard(Callback):
     def on_end(self) -> None:
         best = self.folder.path / "best"
         if best.exists():  # not if the run resumed at its end from a state of another folder
-            describe_checkpoint(self.folder, best, self.folder.path.name)
+            describe_checkpoint(self.folder, best, self.folder.name)
 
 
 class SamplePage(Callback):

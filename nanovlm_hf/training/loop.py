@@ -32,6 +32,7 @@ from .cpu import keep_freed_memory, use_eager_attention
 from .data import load_splits
 from .failures import output_errors
 from .initial_model import model_and_processor
+from .lineage import check_lineage
 from .loss import CompletionObjective
 from .metrics import Meter, count_flops, evaluate
 from .optimizers import optimizers_of
@@ -92,6 +93,9 @@ class _Run:
         if arguments.ema_decay:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
         self.objective, self.optimizers, self.schedules = self._prepare(objective)
+        self.record = describe_run(arguments, self.splits, accelerator)
+        if accelerator.is_main_process:
+            check_lineage(self.record, RunDirectory(arguments.output_dir, exist_ok=True))
         self.folder = self._open_folder()
         self.progress: dict[str, Any] = {"step": 0, "best_eval_loss": math.inf, "evaluations_without_gain": 0}
         self.meter = Meter(accelerator.device, accelerator.num_processes)
@@ -178,7 +182,7 @@ class _Run:
     def _resume(self) -> bool:
         """Load the state to resume from, if there is one; return whether the run is complete."""
         arguments, accelerator = self.arguments, self.accelerator
-        record = describe_run(arguments, self.splits, accelerator)
+        record = self.record
         state = find_state(arguments.resume, self.folder)
         if state is not None:
             check_same_run(record, self.folder, state)

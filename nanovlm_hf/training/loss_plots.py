@@ -36,7 +36,7 @@ def plot_run(run: RunDirectory) -> None:
         losses.plot(*zip(*training, strict=True), label="training", color="C0", alpha=0.6, linewidth=1)
     losses.plot(steps, column("eval_loss"), label="validation", color="C1")
     losses.plot(steps, column("eval_loss_wrong_photo"), "--", label="validation, mismatched image", color="C3")
-    losses.set(ylabel="loss (nats per token)", title=run.path.name)
+    losses.set(ylabel="loss (nats per token)", title=run.name)
     losses.legend()
     errors = [2 * error for error in column("grounding_gap_stderr")]
     gaps.errorbar(steps, column("grounding_gap"), yerr=errors, color="C2", capsize=2)
@@ -71,7 +71,7 @@ def plot_average(runs: list[Path], metrics: dict[str, float], average: RunDirect
         linestyle="--",
         label="validation, averaged weights, mismatched image",
     )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=average.path.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=average.name)
     axes.legend()
     _save(figure, average.path / "loss.png")
 

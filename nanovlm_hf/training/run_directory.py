@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -56,6 +57,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, exist_ok: bool = False, overwrite: bool = False):
         self.path = Path(path)
+        self.name = os.path.basename(os.path.abspath(path))  # that of `.` is the working directory's
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
         if overwrite:
