@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def plot_run(run: RunDirectory) -> None:
     steps = [row["step"] for row in evaluations]
 
     def column(name: str) -> list[float]:
-        return [row[name] for row in evaluations]
+        return [row.get(name, math.nan) for row in evaluations]
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -61,7 +62,8 @@ def plot_average(runs: list[Path], metrics: dict[str, float], average: RunDirect
         rows = RunDirectory(run, exist_ok=True).rows()
         for name, style in styles.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points, strict=True), linewidth=1, **style)
+            if points:
+                axes.plot(*zip(*points, strict=True), linewidth=1, **style)
     axes.plot([], [], color="C0", label="training")
     axes.plot([], [], color="C1", marker="o", label="validation")
     axes.axhline(metrics["eval_loss"], color="C2", label="validation, averaged weights")

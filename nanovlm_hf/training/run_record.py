@@ -103,11 +103,14 @@ class _Checkpoint(_Public):
 class Evaluation(_Open):
     """A line of `metrics.jsonl` with the results of an evaluation."""
 
-    step: int
+    __pydantic_extra__: dict[str, float | None]
+    step: int = Field(ge=0, le=MOST)
     eval_loss: FiniteFloat
     eval_loss_wrong_photo: FiniteFloat
     grounding_gap: FiniteFloat
     grounding_gap_stderr: FiniteFloat
+    train_loss: FiniteFloat = 0.0
+    epoch: FiniteFloat = 0.0
 
 
 def read_record(path: Path) -> dict[str, Any]:
