@@ -1,19 +1,21 @@
 """Model cards and the table of experiments state what the records and metrics say."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from nanovlm_hf import SHIPPED, InputError
-from nanovlm_hf.errors import printable
-from nanovlm_hf.hub import model_card
+from nanovlm_hf.errors import UsageError, printable
+from nanovlm_hf.hub import gallery, model_card
 from nanovlm_hf.training import arguments as train_arguments
 from nanovlm_hf.training import compare, compute, lineage, record
 from nanovlm_hf.training.run_directory import RECORD, RunDirectory
@@ -116,6 +118,14 @@ def test_each_run_counts_with_its_own_device():
     assert "10 W per core, 700 W per NVIDIA H100 80GB HBM3 and the world average of 480 g" in statement
     # Processes of one machine share its cores.
     assert compute.stages(ONE | {"processes": 2})[0].grams == pytest.approx(grams[0])
+
+
+@pytest.mark.parametrize("device", ["a|b\n# title", "2 cores of <script>", "`x`", f"{'9' * 5000} cores of x", "[a](b)"])
+def test_a_device_is_a_cell_of_the_table(device):
+    statement = compute.compute_statement(compute.stages(ONE | {"device": device}))
+    (row,) = [line for line in statement.splitlines() if line.startswith("| `runs/one`")]
+    assert row.count("|") == 6
+    assert not set("<[") & set(statement)
 
 
 def test_an_unknown_device_has_no_estimate():
@@ -425,6 +435,34 @@ def test_damaged_runs_are_not_compared(tmp_path, name, content, problem):
     assert str(caught.value).startswith(str(run))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "kept").exists()
+
+
+def test_runs_are_kept_under_their_own_names(tmp_path, monkeypatch):
+    one, two = (a_run(tmp_path / parent / "run").path for parent in "ab")
+    monkeypatch.chdir(one)
+    assert compare.keep(Path("."), Path("../exp")) == Path("../exp/run")
+    compare.check_names([one, tmp_path / "other"])
+    for other in (two, Path("."), one / ".." / "run"):
+        with pytest.raises(UsageError, match="have the same name"):
+            compare.check_names([one, other])
+    with pytest.raises(UsageError, match="holds a run, which would be overwritten"):
+        compare.keep(one, two.parent)
+    before = (two / RECORD).read_bytes()
+    assert compare.keep(two, two.parent).resolve() == two
+    assert (two / RECORD).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["none/x.webp", "out.xyz", "out", "folder.png", "fifo.png", "out.pgf"])
+def test_a_gallery_that_cannot_be_written_is_refused_before_the_models_run(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    monkeypatch.setattr(gallery, "gallery", lambda: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gallery", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as stop:
+        gallery.main()
+    errors = capsys.readouterr().err
+    assert (stop.value.code, errors.count("\n")) == (2, 1)
+    assert str(tmp_path / name) in errors
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
