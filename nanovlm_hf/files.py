@@ -204,27 +204,34 @@ def _parse_lines(lines: Iterable[str], where: str | Path) -> Iterator[tuple[int,
 
 
 def _finished_lines(path: str | Path) -> Iterator[str]:
-    for number, line in enumerate(Path(path).read_bytes().rpartition(b"\n")[0].split(b"\n"), start=1):
+    with open_regular(path) as file:
+        content = file.read()
+    for number, line in enumerate(content.rpartition(b"\n")[0].split(b"\n"), start=1):
         try:
             yield line.decode()
         except UnicodeDecodeError:
             raise InputError(f"{path}: line {number}: not UTF-8 text") from None
 
 
-def read_yaml(path: str | Path, max_bytes: int = 2**20) -> Any:
+def read_yaml(path: str | Path, max_bytes: int = 2**20, as_text: bool = False) -> Any:
     """Return the content of a YAML file of plain values.
+
+    Args:
+        as_text: as for `parse_yaml`.
 
     Raises:
         InputError: as `read_text` and `parse_yaml`.
     """
-    return parse_yaml(read_text(path, max_bytes), path)
+    return parse_yaml(read_text(path, max_bytes), path, as_text)
 
 
-def parse_yaml(text: str, path: str | Path) -> Any:
+def parse_yaml(text: str, path: str | Path, as_text: bool = False) -> Any:
     """Return the plain values of a YAML text.
 
     Args:
         path: source for error messages.
+        as_text: return numbers, booleans and dates without a tag as they are written, for readers that know their
+            types: YAML would read `no` as False, 010 as 8, 1:30 as 90 and 1.10 as 1.1.
 
     Raises:
         InputError: if the text is not YAML or contains a duplicate key, a merge key or a tag of a Python object; and if
@@ -243,6 +250,12 @@ def parse_yaml(text: str, path: str | Path) -> Any:
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
 
+    if as_text:
+        kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+        Loader.yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag in kept]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
     try:
         content = yaml.load(text, Loader=Loader)
     except RecursionError:

@@ -100,6 +100,40 @@ def test_the_common_forms_of_yaml_are_read(tmp_path):
     assert read_arguments(["--config", str(config(tmp_path, "texts: short\n")), *REQUIRED]).texts == ["short"]
 
 
+@pytest.mark.parametrize("value", ["no", "off", "1.10", "12_34", "1:30", "007", "0x10", "2024-13-45", "1e3", "true"])
+@pytest.mark.parametrize("name", ["output_dir", "tokenizer", "init_from", "resume"])
+def test_a_name_is_read_as_it_is_written(tmp_path, name, value):
+    lines = {"dataset": "data", "output_dir": "run", name: value}
+    path = config(tmp_path, "".join(f"{one}: {text}\n" for one, text in lines.items()))
+    assert getattr(read_arguments(["--config", str(path)]), name) == value
+    path = config(tmp_path, f"texts: [short, {value}.txt]\nteacher: [{value}]\n")
+    arguments = read_arguments(["--config", str(path), *REQUIRED])
+    assert (arguments.texts[1], arguments.teacher) == (f"{value}.txt", [value])
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("mixed_precision: no", "no"),
+        ("seed: 010", 10),
+        ("seed: !!int 8", 8),
+        ("max_steps: 1_000", 1000),
+        ("weight_decay: 010.50", 10.5),
+        *((f"augment: {text}", True) for text in ("yes", "on", "On", "true", "TRUE", "'true'")),
+        *((f"augment: {text}", False) for text in ("no", "off", "OFF", "false", "'no'")),
+    ],
+)
+def test_a_value_is_parsed_by_the_type_of_its_field(tmp_path, line, value):
+    path = config(tmp_path, f"{line}\n")
+    assert getattr(read_arguments(["--config", str(path), *REQUIRED]), line.split(":")[0]) == value
+
+
+@pytest.mark.parametrize("line", ["eval_steps: 1:30", "seed: no", "learning_rate: 1:30", "mixed_precision: off"])
+def test_a_value_of_another_type_is_refused(tmp_path, line):
+    path = config(tmp_path, f"{line}\n")
+    assert problem_of("--config", path, *REQUIRED).startswith(f"{path}: {line.split(':')[0]}: ")
+
+
 ALIASES = "seed: 1\na0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12)
 )
@@ -124,12 +158,12 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(
         ("1: 2\n", "there is no field '1'"),
         ("[a]: 2\n", "cannot be read as YAML"),
         ("? {a: b}\n: 2\n", "cannot be read as YAML"),
-        ("true: 2\n", "there is no field 'True'"),
+        ("true: 2\n", "there is no field 'true'"),
         ("seed:\t1\n\tpreset: mini\n", "cannot be read as YAML"),
         ("seed: 1\n---\nseed: 2\n", "cannot be read as YAML"),
         ("seed: !!python/object/apply:os.system ['touch owned']\n", "cannot be read as YAML"),
         ("!!python/object/new:os.system [touch owned]\n", "cannot be read as YAML"),
-        ("seed: 2020-13-45\n", "cannot be read as YAML"),
+        ("seed: 2020-13-45\n", "config.yaml: seed: "),
         ("seed: !!timestamp nonsense\n", "cannot be read as YAML"),
         ("seed: !!bool perhaps\n", "cannot be read as YAML"),
         ("seed: !!int ''\n", "cannot be read as YAML"),

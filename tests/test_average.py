@@ -200,6 +200,16 @@ def test_an_export_that_fails_leaves_nothing(damaged, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_export_removes_no_other_folder(damaged, tmp_path):
+    for name in ("out.partial", ".out", "out.previous"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+    before = sorted(tmp_path.iterdir())
+    export.export(damaged, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
+    assert len(list(tmp_path.glob("*/thesis.tex"))) == 3
+
+
 def test_ways_of_decoding_need_a_model_and_a_dataset(module, toy, tmp_path):
     code, errors = module(decoding, tmp_path / "nowhere", "--dataset", toy / "data")
     assert (code, errors.count("\n")) == (1, 1)

@@ -1,17 +1,22 @@
 """Model cards and the table of experiments state what the records and metrics say."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from nanovlm_hf import SHIPPED, InputError
-from nanovlm_hf.hub import model_card
+from nanovlm_hf.errors import UsageError, printable
+from nanovlm_hf.hub import gallery, model_card
+from nanovlm_hf.training import arguments as train_arguments
 from nanovlm_hf.training import compare, compute, lineage, record
 from nanovlm_hf.training.run_directory import RECORD, RunDirectory
 
@@ -40,6 +45,12 @@ def evaluated(folder, **fields):
     """Change fields of a checkpoint's evaluation."""
     path = folder / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_arguments(folder, **values):
+    """Change arguments in a record."""
+    content = yaml.safe_load((folder / RECORD).read_text())
+    damage(folder, "arguments", content["arguments"] | values)
 
 
 @pytest.fixture
@@ -115,6 +126,14 @@ def test_each_run_counts_with_its_own_device():
     assert compute.stages(ONE | {"processes": 2})[0].grams == pytest.approx(grams[0])
 
 
+@pytest.mark.parametrize("device", ["a|b\n# title", "2 cores of <script>", "`x`", f"{'9' * 5000} cores of x", "[a](b)"])
+def test_a_device_is_a_cell_of_the_table(device):
+    statement = compute.compute_statement(compute.stages(ONE | {"device": device}))
+    (row,) = [line for line in statement.splitlines() if line.startswith("| `runs/one`")]
+    assert row.count("|") == 6
+    assert not set("<[") & set(statement)
+
+
 def test_an_unknown_device_has_no_estimate():
     taken = compute.stages(ONE | {"device": "something new", "before": [ONE]})
     assert compute.total_grams(taken) is None
@@ -185,11 +204,6 @@ def metadata_of(folder):
     return ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data
 
 
-def arguments(folder, **fields):
-    """Change arguments of a checkpoint's record."""
-    damage(folder, "arguments", yaml.safe_load((folder / RECORD).read_text())["arguments"] | fields)
-
-
 OTHER_DATA = {"train": {"photos": 40, "sha256": "a" * 16}, "validation": {"photos": 4, "sha256": "b" * 16}}
 
 
@@ -202,14 +216,14 @@ def test_the_card_names_a_dataset_that_others_can_know(checkpoint, tmp_path, mon
     (tmp_path / "here" / "cats").mkdir(parents=True)
     assert metadata_of(checkpoint).datasets == ["ShortDesc"], "by the hashes of its splits"
     damage(checkpoint, "data", OTHER_DATA)
-    arguments(checkpoint, dataset=dataset)
+    change_arguments(checkpoint, dataset=dataset)
     assert metadata_of(checkpoint).datasets == named
 
 
 def test_the_hub_id_of_a_dataset_is_taken_from_the_run(tmp_path):
     """The checkpoint's own record has only the last part of the name."""
     run = a_run(tmp_path / "run")
-    arguments(run.path, dataset="org/cats")
+    change_arguments(run.path, dataset="org/cats")
     damage(run.path, "data", OTHER_DATA)
     best = shutil.copytree(SHIPPED["mini-short"], run.path / "best")
     damage(best, "data", OTHER_DATA)
@@ -232,12 +246,91 @@ def test_the_card_names_the_base_model(checkpoint, tmp_path, monkeypatch, init_f
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "model").mkdir(parents=True)
     assert metadata_of(checkpoint).base_model is None
-    arguments(checkpoint, init_from=init_from)
+    change_arguments(checkpoint, init_from=init_from)
     assert metadata_of(checkpoint).base_model == base_model
     earlier = yaml.safe_load((checkpoint / RECORD).read_text())
-    arguments(checkpoint, init_from="runs/first/best")
+    change_arguments(checkpoint, init_from="runs/first/best")
     damage(checkpoint, "before", [{name: value for name, value in earlier.items() if name not in ("name", "about")}])
     assert metadata_of(checkpoint).base_model == base_model, "of the run before"
+
+
+@pytest.mark.parametrize(
+    ("texts", "teacher", "init_from"),
+    [
+        (["short"], [], None),
+        (["short", "long", "captions"], ["efficientnet-lite0"], "mini-short"),
+        (["short", "stories.txt"], ["mini-short", "org/dinov2"], "model"),
+        (["short", "/a/my stories.txt", "/b/my stories.txt"], ["/models/vit"], "org/model"),
+    ],
+)
+def test_names_are_not_paths_in_the_folder_of_a_run(tmp_path, monkeypatch, texts, teacher, init_from):
+    monkeypatch.chdir(a_run(tmp_path / "old").path)
+    run = a_run(tmp_path / "new", init_from)
+    change_arguments(
+        run.path, texts=texts, text_weights=[1.0] * len(texts), teacher=teacher, dataset=".", tokenizer="."
+    )
+    public = lineage.public_record(run)
+    names = [*public["arguments"]["texts"], *public["arguments"]["teacher"], public["arguments"]["init_from"] or ""]
+    assert not any(name.startswith("runs/") for name in names)
+    assert public["arguments"]["dataset"] == "old"
+    lineage.check_lineage(run.description(), run)
+    given = train_arguments.read_arguments(shlex.split(lineage.command(public)[-1])[4:])
+    assert given.texts == public["arguments"]["texts"]
+    assert [path.name for path in (run.path, tmp_path / "old")] == ["new", RunDirectory(".", exist_ok=True).name]
+
+
+def test_a_run_that_was_initialised_from_itself_is_refused(tmp_path):
+    a_run(tmp_path / "one", tmp_path / "two" / "best")
+    with pytest.raises(InputError, match=r"initialised from itself: correct init_from"):
+        lineage.public_record(a_run(tmp_path / "two", tmp_path / "one" / "best"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("teacher", 5),
+        ("tokenizer", 5),
+        ("texts", [1]),
+        ("per_device_train_batch_size", 10**400),
+        ("gradient_accumulation_steps", 0),
+        ("patch_dropout", "0.5"),
+        ("muon_learning_rate", "high"),
+        ("seed", -1),
+        ("grow_from", "a\0b"),
+        ("output_dir", ""),
+    ],
+)
+def test_a_damaged_argument_of_a_record_is_named_with_its_file(tmp_path, name, value):
+    run = a_run(tmp_path / "run").path
+    change_arguments(run, **{name: value})
+    with pytest.raises(InputError, match=name) as caught:
+        compare.record_of(run)
+    assert str(caught.value).startswith(f"{run / RECORD}: ")
+    assert "configs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("commit", ["abc\nrm -rf ~ #", "deadbeef; reboot", "HEAD", "$(reboot)", 5])
+def test_a_commit_is_hexadecimal(tmp_path, commit):
+    run = a_run(tmp_path / "run").path
+    damage(run, "git_commit", commit)
+    with pytest.raises(InputError, match="git_commit"):
+        compare.commands([run])
+
+
+@pytest.mark.parametrize("value", ["a b", "a\nrm -rf ~ #", "$(reboot)", "`reboot`", "a;reboot", "'", "a\u202eb"])
+@pytest.mark.parametrize("name", ["grow_from", "output_dir", "texts", "average_of"])
+def test_a_command_quotes_its_values(tmp_path, name, value):
+    run = a_run(tmp_path / "run").path
+    record = yaml.safe_load((run / RECORD).read_text())
+    if name == "average_of":
+        record |= {"average_of": [value, "two"]}
+    elif name == "texts":
+        record["arguments"] |= {"texts": ["short", f"{value}.txt"], "text_weights": [1.0, 1.0]}
+    else:
+        record["arguments"] |= {name: value}
+    *_, line = lineage.command(record)
+    assert len(line.splitlines()) == 1
+    assert any(word.startswith(printable(value)) for word in shlex.split(line))
 
 
 def test_the_card_states_the_precision_that_was_used(checkpoint):
@@ -434,6 +527,34 @@ def test_damaged_runs_are_not_compared(tmp_path, name, content, problem):
     assert str(caught.value).startswith(str(run))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "kept").exists()
+
+
+def test_runs_are_kept_under_their_own_names(tmp_path, monkeypatch):
+    one, two = (a_run(tmp_path / parent / "run").path for parent in "ab")
+    monkeypatch.chdir(one)
+    assert compare.keep(Path("."), Path("../exp")) == Path("../exp/run")
+    compare.check_names([one, tmp_path / "other"])
+    for other in (two, Path("."), one / ".." / "run"):
+        with pytest.raises(UsageError, match="have the same name"):
+            compare.check_names([one, other])
+    with pytest.raises(UsageError, match="holds a run, which would be overwritten"):
+        compare.keep(one, two.parent)
+    before = (two / RECORD).read_bytes()
+    assert compare.keep(two, two.parent).resolve() == two
+    assert (two / RECORD).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["none/x.webp", "out.xyz", "out", "folder.png", "fifo.png", "out.pgf"])
+def test_a_gallery_that_cannot_be_written_is_refused_before_the_models_run(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    monkeypatch.setattr(gallery, "gallery", lambda: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gallery", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as stop:
+        gallery.main()
+    errors = capsys.readouterr().err
+    assert (stop.value.code, errors.count("\n")) == (2, 1)
+    assert str(tmp_path / name) in errors
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)

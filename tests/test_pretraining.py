@@ -1,7 +1,9 @@
 """Pretraining of both halves: distillation, texts without images, and the linear probe."""
 
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +78,35 @@ def test_a_teacher_trains_the_encoder_alone_and_the_run_resumes(toy, tmp_path, t
     _, resumed = run(toy, tmp_path / "resumed", *options, "--resume", tmp_path / "states" / "step-00000015")
     after = [row["distillation_loss"] for row in metrics(resumed) if "train_loss" in row]
     assert after == [row["distillation_loss"] for row in rows[15:]], "the head is part of the state"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeroed", "flipped", "few rows", "no note", "damaged note", "fifo"])
+def test_damaged_teacher_features_are_computed_again(tmp_path, monkeypatch, damage):
+    images = np.lib.format.open_memmap(tmp_path / "images.npy", mode="w+", dtype=np.uint8, shape=(6, 4, 4, 3))
+    expected = np.arange(24, dtype=np.float16).reshape(6, 4)
+    monkeypatch.setattr(distillation, "load_vision_encoder", lambda _: SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(distillation, "weights_hash", lambda _: "0")
+    monkeypatch.setattr(distillation, "_encode", lambda *_: iter([expected]))
+    distillation.teacher_features(["teacher"], images, "cpu")
+    (path,) = tmp_path.glob("features-*.npy")
+    content, note = path.read_bytes(), path.with_suffix(".json")
+    if damage == "few rows":
+        np.save(path, expected[:3])
+    elif damage == "fifo":
+        path.unlink()
+        os.mkfifo(path)
+    elif damage == "no note":
+        note.unlink()
+    elif damage == "damaged note":
+        note.write_text("{")
+    else:
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        path.write_bytes({"cut": content[:-5], "empty": b"", "zeroed": bytes(200), "flipped": flipped}[damage])
+    distillation.teacher_features(["teacher"], images, "cpu")
+    assert path.read_bytes() == content
+    monkeypatch.setattr(distillation, "_encode", lambda *_: 1 / 0)
+    distillation.teacher_features(["teacher"], images, "cpu")
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_teacher_features_are_computed_once(toy, teacher, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ import torch
 from nanovlm_hf import InputError
 from nanovlm_hf.training import loop
 from nanovlm_hf.training.arguments import read_arguments
+from nanovlm_hf.training.resume import _check_same_record
 from nanovlm_hf.training.run_directory import COMPLETE, LOCK, SAMPLES_PAGE, RunDirectory, locked_run_directory
 from nanovlm_hf.training.run_record import RECORD
 from nanovlm_hf.training.run_removal import check_removable
@@ -375,6 +376,53 @@ def test_overwriting_rejects_everything_but_a_run(tmp_path, monkeypatch):
         RunDirectory(tmp_path / "thesis", overwrite=True)
     with pytest.raises(InputError, match="holds the working directory"):
         check_removable(Path("."))
+
+
+FOREIGN = ("thesis.tex", "stories.txt", "my.yaml", ".git/config", "photos/1.jpg", "best/notes.txt", "states/thesis.tex")
+
+
+@pytest.mark.parametrize(
+    "name", [*FOREIGN, "states/step-1/../../last/photos/1.jpg", "metrics.jsonl/1", "best.partial/a"]
+)
+def test_overwriting_names_what_no_run_wrote(tmp_path, name):
+    run = tmp_path / "run"
+    RunDirectory(run).describe({"arguments": {}})
+    path = Path(os.path.normpath(run / name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("years of work")
+    before = tree(run)
+    with pytest.raises(InputError, match=r"holds .*, which no run wrote, so --overwrite does not remove it") as caught:
+        RunDirectory(run, overwrite=True)
+    assert str(run) in str(caught.value)
+    assert tree(run) == before
+
+
+def test_overwriting_keeps_the_texts_and_teachers_of_the_new_run(tiny, killed, finished):
+    for fields in ({"texts": f"short {killed / 'samples.jsonl'}"}, {"teacher": killed / "best"}):
+        before = content_of(killed)
+        options = [text for name, value in fields.items() for text in (f"--{name}", *str(value).split())]
+        arguments = read_arguments(["--config", str(CONFIG), "--output_dir", str(killed), "--overwrite=true", *options])
+        with pytest.raises(InputError, match="which this run reads"):
+            loop.train(arguments)
+        assert content_of(killed) == before
+
+
+def test_text_files_of_one_name_are_told_apart():
+    new = {"train": {"files": [{"name": "s.txt", "sha256": "a"}, {"name": "s.txt", "sha256": "b"}]}}
+    other = {"train": {"files": [{"name": "s.txt", "sha256": "c"}, {"name": "s.txt", "sha256": "b"}]}}
+    arguments = {"arguments": {"mixed_precision": "no", "resume": None}, "processes": 1, "mixed_precision": "no"}
+    with pytest.raises(InputError, match="the dataset is not the one"):
+        _check_same_record(arguments | {"data": new}, arguments | {"data": other})
+    old = {"train": {"files": {"s.txt": "a"}}}  # of an earlier version
+    one = {"train": {"files": [{"name": "s.txt", "sha256": "a"}]}}
+    _check_same_record(arguments | {"data": one}, arguments | {"data": old})
+
+
+def test_an_emptied_best_model_is_written_again(tiny, killed):
+    (killed / "best" / "model.safetensors").unlink()
+    (killed / "best" / "config.json").unlink()
+    assert tiny(killed, **FINISHED, resume="auto") == (0, "")
+    assert RunDirectory(killed, exist_ok=True).has_model("best")
 
 
 def test_the_script_does_not_remove_a_directory_without_a_run(tiny, tmp_path, toy):

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from nanovlm_hf import InputError
 from nanovlm_hf.files import locked
 from nanovlm_hf.training.loss_plots import plot_run
+from nanovlm_hf.training.record import best_metrics
 from nanovlm_hf.training.run_directory import LOCK, RunDirectory
 from nanovlm_hf.training.run_record import RECORD, read_record
 from nanovlm_hf.training.states import EMA, PROGRESS, load_state, save_state, states_in
@@ -179,6 +180,14 @@ def test_damaged_files_of_a_state_are_named_with_the_remedy(training, name, how)
         ("step", None),
         ("best_eval_loss", "low"),
         ("evaluations_without_gain", 1.5),
+        ("step", 1),
+        ("step", 10**9),
+        ("step", 10**400),
+        ("step", True),
+        ("best_eval_loss", float("nan")),
+        ("best_eval_loss", float("-inf")),
+        ("meter", {"loss_sum": float("nan"), "steps": 1}),
+        ("meter", {"loss_sum": 1.0, "steps": 10**30}),
         ("meter", []),
         ("meter", {"loss_sum": 1.0}),
         ("positions", [[0, -1]]),
@@ -373,6 +382,18 @@ def test_damaged_records_are_named(tmp_path, monkeypatch, content):
         '{"train_loss": 3.0}',
         '{"step": "two"}',
         '{"step": 2, "eval_loss": []}',
+        '{"step": "1"}',
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": 1.5}',
+        '{"step": true}',
+        '{"step": 2, "images_per_second": null}',
+        '{"step": 2, "images_per_second": "5"}',
+        '{"step": 2, "images_per_second": -1}',
+        '{"step": 2, "train_loss": null}',
+        '{"step": 2, "train_loss": 1' + "0" * 400 + "}",
+        '{"step": 2, "epoch": null}',
+        '{"step": 2, "eval_loss": null}',
+        '{"step": 2, "words": "5"}',
     ],
 )
 def test_damaged_lines_of_metrics_are_named(tmp_path, line):
@@ -385,6 +406,38 @@ def test_damaged_lines_of_metrics_are_named(tmp_path, line):
         with pytest.raises(InputError, match=r"metrics.jsonl: line 2.*damaged.*remove"):
             read()
     assert len(folder.metrics_path.read_text().splitlines()) == 3, "the file is not rewritten"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["fifo", "folder"])
+def test_a_file_of_lines_that_is_not_a_regular_file_is_refused(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: not a regular file: remove it"):
+        RunDirectory(tmp_path, exist_ok=True).truncate_metrics(3)
+
+
+def test_metrics_without_some_values_are_plotted_and_described(tmp_path):
+    folder = RunDirectory(tmp_path)
+    folder.log({"step": 1, "train_loss": 3.0})
+    evaluation = {"eval_loss": 2.0, "eval_loss_wrong_photo": 2.0, "grounding_gap": 0.0, "grounding_gap_stderr": 0.1}
+    folder.log({"step": 1, **evaluation})
+    folder.log({"step": 2, "eval_loss": 2.0})
+    with pytest.raises(InputError, match=r"step 2: eval_loss_wrong_photo"):
+        best_metrics(folder)
+    plot_run(folder)
+    folder.truncate_metrics(1)
+    assert best_metrics(folder) == {"step": 1, **evaluation}
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "1"}', '{"image_id": "5"}', '{"image_id": 1' + "0" * 400 + "}", '{"text": 5}']
+)
+def test_damaged_samples_are_named(tmp_path, line):
+    folder = RunDirectory(tmp_path)
+    sample = {"step": 1, "image_id": 1, "prefix": "a", "text": "b", "reference": "c"}
+    folder.samples_path.write_text(json.dumps(sample | json.loads(line)) + "\n")
+    with pytest.raises(InputError, match=r"samples.jsonl: line 1: .*damaged"):
+        folder.samples()
 
 
 def test_an_unfinished_last_line_is_dropped(tmp_path):

@@ -11,6 +11,8 @@ from datasets import Image as HubImage
 from PIL import Image
 
 from nanovlm_hf import InputError, NanoVLMImageProcessor, NanoVLMProcessor
+from nanovlm_hf.training import data
+from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
 from nanovlm_hf.training.run_directory import RunDirectory
 from nanovlm_hf.training.streaming import StreamedBatches, StreamedSplit, open_stream
@@ -222,6 +224,31 @@ def test_wrong_streams(train, tmp_path, toy, options, code, message):
     assert got == code
     assert message in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "missing", "problem"),
+    [
+        ("validation", 0, None, "no validation split of two images or more"),
+        ("validation", 1, None, "no validation split of two images or more"),
+        ("train", 1, None, "no train split of two images or more"),
+        ("validation", 2, "description", "has no column 'description'"),
+        ("train", 2, "image_id", "has no column 'image_id'"),
+        ("validation", 2, "captions", "has no column 'captions'"),
+    ],
+)
+def test_the_splits_of_a_stream_are_checked(processor, monkeypatch, split, rows, missing, problem):
+    def opened(name, variant, one):
+        stream = damaged_stream(0, 4)
+        if one == split:
+            stream.rows = stream.rows.take(rows)
+            stream.rows = stream.rows.remove_columns([missing]) if missing else stream.rows
+        return stream
+
+    monkeypatch.setattr(data, "open_stream", opened)
+    options = ["--dataset=data", "--output_dir=run", "--streaming=true", "--max_steps=2"]
+    with pytest.raises(InputError, match=problem):
+        data.load_splits(read_arguments(options), processor)
 
 
 @pytest.mark.slow

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from importlib.resources import files
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..checkpoints import SHIPPED
 from ..completion import Completion, complete
+from ..errors import UsageError, one_line_errors
 from ..export.page import EXAMPLES
 from ..images import open_image_file
 from ..loading import load_model
@@ -49,7 +52,27 @@ def _lines(completions: dict[str, Completion]) -> list[tuple[str, dict[str, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the released checkpoints' completions of the demo.")
     parser.add_argument("out", type=Path, help="image file to write")
-    arguments = parser.parse_args()
+    out = parser.parse_args().out
+    with one_line_errors("nanovlm_hf.hub.gallery"):
+        check_writable(out)
+        gallery().savefig(out, dpi=100)
+
+
+def check_writable(out: Path) -> None:
+    """Raise UsageError, before the models run, unless an image file can be written at a path."""
+    known = sorted(set(FigureCanvasAgg.get_supported_filetypes()) - {"pgf"})  # which needs LaTeX
+    if out.suffix.removeprefix(".").lower() not in known:
+        raise UsageError(f"{out}: the extension names no image format: use one of {', '.join(known)}")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: there is no folder {out.parent}: make it first")
+    if out.exists() and not out.is_file():
+        raise UsageError(f"{out}: this is {'a folder' if out.is_dir() else 'not a regular file'}: name another file")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UsageError(f"{out}: cannot be written: check the permissions")
+
+
+def gallery() -> Figure:
+    """Draw the completions of every released model on this machine."""
     folder = Path(str(files("nanovlm_hf.hub_cards.space"))) / "examples"
     prefixes = {folder / f"{name}.jpg": prefix for name, prefix in list(EXAMPLES.items())[:IMAGES]}
     completions = {}
@@ -60,7 +83,7 @@ def main() -> None:
             for image, prefix in prefixes.items()
             for completion in complete(model, processor, [image], prefix, blind=True)
         ]
-    draw(list(prefixes), completions).savefig(arguments.out, dpi=100)
+    return draw(list(prefixes), completions)
 
 
 if __name__ == "__main__":

@@ -372,7 +372,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _read_config(path: str) -> dict[str, list[str]]:
     """Return the command-line options of each field in a YAML file."""
-    content = read_yaml(path, MOST_CONFIG_BYTES)
+    content = read_yaml(path, MOST_CONFIG_BYTES, as_text=True)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of field names to values")
     options = {}
@@ -392,9 +392,14 @@ def _read_config(path: str) -> dict[str, list[str]]:
 
 
 def _plain(path: str, key: str, value: Any) -> str:
-    if not isinstance(value, (str, int, float, datetime.date)):  # a name may look like a date
+    """Return a value as it is written in the file; the parser of the field's type reads it."""
+    if not isinstance(value, (str, int, float, datetime.date)):  # others than texts have an explicit tag
         raise InputError(f"{path}: {key}: expected a number or a text")
     try:
-        return str(value)
+        text = str(value)
     except ValueError as error:  # an integer with thousands of digits
         raise InputError(f"{path}: {key}: {first_line(error)}") from None
+    if key in (*BOUNDS, "text_weights") and re.fullmatch(r"[-+]?\.(inf|nan)", text.lower()):
+        return text.replace(".", "")  # as Python spells it
+    switches = {"on": "true", "off": "false"} if isinstance(getattr(RunArguments, key, None), bool) else {}
+    return switches.get(text.lower(), text)  # YAML's other names of booleans

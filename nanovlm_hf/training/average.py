@@ -84,7 +84,7 @@ def average(runs: list[Path], out: Path) -> dict[str, float]:
     plot_average(runs, metrics, directory)
     directory.save_model("best", model, processors[0])
     directory.describe(describe_run(arguments, splits, accelerator) | {"average_of": [str(run) for run in runs]})
-    describe_checkpoint(directory, out / "best", out.name)
+    describe_checkpoint(directory, out / "best", directory.name)
     return metrics
 
 

@@ -109,9 +109,8 @@ class ModelCard(Callback):
         self.folder = folder
 
     def on_end(self) -> None:
-        best = self.folder.path / "best"
-        if best.exists():  # not if the run resumed at its end from a state of another folder
-            describe_checkpoint(self.folder, best, self.folder.path.name)
+        if self.folder.has_model("best"):  # not if the run resumed at its end from a state of another folder
+            describe_checkpoint(self.folder, self.folder.path / "best", self.folder.name)
 
 
 class SamplePage(Callback):

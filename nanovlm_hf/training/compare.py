@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import one_line_errors
+from ..errors import UsageError, one_line_errors
 from ..files import atomic_write
+from .compute import plain
 from .lineage import command, public_record
 from .record import best_metrics
 from .run_directory import RunDirectory
@@ -44,7 +45,7 @@ def row(folder: Path) -> list[str]:
     """Return the cells of a run: its total cost and its best evaluation."""
     record, best = record_of(folder), best_metrics(RunDirectory(folder, exist_ok=True))
     return [
-        f"`{Path(record['arguments']['output_dir']).name}`",
+        f"`{plain(Path(record['arguments']['output_dir']).name)}`",
         f"{record['photos_seen']:,}",
         f"{record['hours']:.1f}",
         f"{best['eval_loss']:.3f}",
@@ -69,12 +70,28 @@ def keep(run: Path, experiments: Path) -> Path:
     """Copy the record of a run, without local paths, and its metrics, but not its models; return the copy."""
     record = record_of(run)
     best_metrics(RunDirectory(run, exist_ok=True))  # raises before anything is written
-    kept = experiments / run.name
+    kept = experiments / _name(run)
+    if kept.resolve() == run.resolve():
+        return kept
+    if (kept / RECORD).exists() and "photos_seen" not in stored_record(kept):
+        raise UsageError(f"--keep: {kept} holds a run, which would be overwritten: name another folder")
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / "metrics.jsonl", kept / "metrics.jsonl")
     with atomic_write(kept / RECORD) as file:
         yaml.safe_dump(record, file, sort_keys=False)
     return kept
+
+
+def _name(run: Path) -> str:
+    return run.resolve().name
+
+
+def check_names(runs: list[Path]) -> None:
+    """Raise UsageError if two runs would be kept under one name."""
+    for index, run in enumerate(runs):
+        same = [other for other in runs[:index] if _name(other) == _name(run)]
+        if same:
+            raise UsageError(f"--keep: {same[0]} and {run} have the same name: rename one of them, or keep one alone")
 
 
 def main() -> None:
@@ -85,6 +102,7 @@ def main() -> None:
     with one_line_errors("nanovlm_hf.training.compare"):
         folders = arguments.folders
         if arguments.keep:
+            check_names(folders)
             folders = [keep(folder, arguments.keep) for folder in folders]
         print(f"{table(folders)}\n```bash\n{commands(folders)}```")
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import without_controls
 from .gpu_specs import gpu_of
 from .lineage import lineage
 
@@ -54,14 +55,19 @@ def stages(record: dict[str, Any]) -> list[Stage]:
 
 
 def _stage(record: dict[str, Any]) -> Stage:
-    cores = re.match(r"(\d+) cores? of (.*)", record["device"])
+    cores = re.match(r"(\d{1,6}) cores? of (.*)", record["device"])
     if cores:  # the processes of a machine share its cores
         units, kind, watts = int(cores[1]), cores[2], int(cores[1]) * WATTS_PER_CORE
     else:
         units, kind, gpu = record["processes"], record["device"], gpu_of(record["device"])
         watts = gpu and units * gpu.watts
-    run = record["arguments"]["output_dir"]
-    return Stage(run, units, kind, bool(cores), record["hours"], record["photos_seen"], watts)
+    run = plain(record["arguments"]["output_dir"])
+    return Stage(run, units, plain(kind), bool(cores), record["hours"], record["photos_seen"], watts)
+
+
+def plain(text: str) -> str:
+    """Return a text in one line, without characters that end the cell of a table or begin Markdown or HTML."""
+    return re.sub(r"[|`<>\[\]]", "?", without_controls(text))
 
 
 def unit_hours(stages: list[Stage]) -> dict[str, float]:

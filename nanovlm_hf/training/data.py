@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypedDict
 
 import numpy as np
@@ -45,15 +48,18 @@ class Split:
         return len(self.images)
 
     def identity(self) -> dict[str, Any]:
-        """Return the number of images, and a hash of their ids and of every text to learn, in their order."""
+        """Return the number of images, and a hash of their ids and of every text to learn, in their order.
+
+        Files of texts follow in their order, each with a hash of its own.
+        """
         digest = hashlib.sha256(np.asarray(self.image_ids, dtype=np.int64).tobytes())
         for name, texts_of_images in self.texts.ids.items():
             digest.update(name.encode())
             for texts in texts_of_images:
                 for ids in texts:
                     digest.update(ids.tobytes())
-        files = {"files": {file.path.name: file.sha256() for file in self.files}} if self.files else {}
-        return {"photos": len(self), "sha256": digest.hexdigest()[:16], **files}
+        files = [{"name": file.path.name, "sha256": file.sha256()} for file in self.files]
+        return {"photos": len(self), "sha256": digest.hexdigest()[:16], **({"files": files} if files else {})}
 
 
 class Splits(TypedDict):
@@ -98,17 +104,29 @@ def load_splits(arguments: RunArguments, processor: NanoVLMProcessor, device: to
 
 
 def _open_streams(arguments: RunArguments, processor: NanoVLMProcessor) -> Splits:
-    try:
-        train, validation = (open_stream(arguments.dataset, arguments.variant, s) for s in ("train", "validation"))
-        rows = stored_rows(validation, arguments.eval_samples)
-    except Exception as error:  # as in `load_checked`
-        raise InputError(
-            f"dataset: {arguments.dataset} ({arguments.variant}) cannot be read as a stream: {first_line(error)}"
-        ) from None
-    _refuse_columns(arguments.dataset, train.rows.column_names, train.rows.features)
+    name, variant = arguments.dataset, arguments.variant
+    with _stream_errors(name, variant):
+        streams = {split: open_stream(name, variant, split) for split in ("train", "validation")}
+        first = {split: list(islice(stream.rows, 2)) for split, stream in streams.items()}
+    for split, stream in streams.items():
+        _refuse_few(name, variant, split, len(first[split]))
+        columns = stream.rows.column_names or list(first[split][0])
+        if all(row.get("description") is None for row in first[split]):  # as `datasets` fills a missing column
+            columns = [column for column in columns if column != "description"]
+        _refuse_columns(name, columns, stream.rows.features)
+    with _stream_errors(name, variant):
+        rows = stored_rows(streams["validation"], arguments.eval_samples)
     images, rows = decode_once(rows, processor.image_processor)
     texts = {arguments.variant: [[description] for description in rows["description"]]}
-    return {"train": train, "validation": _split(images, texts, rows, processor)}
+    return {"train": streams["train"], "validation": _split(images, texts, rows, processor)}
+
+
+@contextmanager
+def _stream_errors(name: str, variant: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # as in `load_checked`
+        raise InputError(f"dataset: {name} ({variant}) cannot be read as a stream: {first_line(error)}") from None
 
 
 def _split(images: np.ndarray, texts: dict[str, list[list[str]]], rows: Dataset, processor: NanoVLMProcessor) -> Split:
@@ -132,10 +150,14 @@ def load_checked(name: str, variant: str) -> DatasetDict:
     """
     dataset = load(name, variant, where=f"dataset: {name} ({variant})")
     for split in ("train", "validation"):
-        if split not in dataset or len(dataset[split]) < 2:
-            raise InputError(f"dataset: {name} ({variant}) has no {split} split of two images or more")
+        _refuse_few(name, variant, split, len(dataset[split]) if split in dataset else 0)
         _refuse_columns(name, dataset[split].column_names, dataset[split].features)
     return dataset
+
+
+def _refuse_few(name: str, variant: str, split: str, images: int) -> None:
+    if images < 2:
+        raise InputError(f"dataset: {name} ({variant}) has no {split} split of two images or more")
 
 
 def _refuse_columns(name: str, columns: list[str], features: Features | None) -> None:

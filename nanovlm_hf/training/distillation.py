@@ -5,6 +5,7 @@ Beyond the paper. The teachers see each image once, before training; the encoder
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,22 @@ from typing import cast
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import nn
 from tqdm import tqdm
 
 from ..data.image_store import checksum
 from ..evaluation.fingerprints import weights_hash
-from ..files import locked, named_disk_errors
+from ..files import locked, named_disk_errors, read_json, validate, write_json
 from ..vision_encoders import VisionEncoder, load_vision_encoder
 
 BATCH_SIZE = 32
+
+
+class _Note(BaseModel):
+    """What is stored with the features."""
+
+    crc32: int
 
 
 def teacher_features(names: list[str], images: np.ndarray, device: torch.device | str) -> np.ndarray:
@@ -56,19 +64,45 @@ def _stored_features(name: str, images: np.ndarray, device: torch.device | str) 
     key = f"{len(images)}-{checksum(images):08x}-{weights_hash(encoder.module)}"
     path = source.with_name(f"features-{key}.npy")
     busy = f"waiting: another process is computing the features of {name} into {path.parent}"
-    with named_disk_errors(path.parent), locked(path.with_suffix(".lock"), busy, wait=True):
-        if path.exists():
-            return np.load(path, allow_pickle=False)
+    with named_disk_errors(path.parent), locked(path.with_suffix(".lock"), busy, wait=True) as held:
+        stored = _intact(path, len(images))
+        if stored is not None:
+            return stored
+        if held:  # files of runs that were killed
+            for leftover in path.parent.glob(f"{path.stem}.*.partial"):
+                leftover.unlink(missing_ok=True)
         features = np.concatenate(list(_encode(name, encoder, images)))
         # A unique name, for file systems without locks.
         partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial")
         try:
             with partial.open("xb") as file:
                 np.save(file, features)
+                file.flush()
+                os.fsync(file.fileno())
+            # The checksum ties the two files together: a kill between the renames leaves a pair that is recreated.
+            write_json(path.with_suffix(".json"), {"crc32": _checksum(features)})
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     return features
+
+
+def _intact(path: Path, rows: int) -> np.ndarray | None:
+    """Return stored features, or None if they are missing or damaged, or have no checksum (of an earlier version)."""
+    note = path.with_suffix(".json")
+    try:
+        crc32 = validate(read_json(note), _Note, note).crc32
+        features = np.lib.format.open_memmap(path, mode="r") if path.is_file() else None
+    except Exception:  # NumPy raises many kinds for a damaged header
+        return None
+    if features is None or features.dtype != np.float16 or features.ndim != 2 or len(features) != rows:
+        return None
+    values = np.array(features, order="C")
+    return values if _checksum(values) == crc32 else None
+
+
+def _checksum(features: np.ndarray) -> int:
+    return checksum(features.view(np.uint8))
 
 
 def _encode(name: str, encoder: VisionEncoder, images: np.ndarray) -> Iterator[np.ndarray]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def export(run: Path, out: Path, about: str | None = None) -> None:
     """
     if not (run / "best" / "config.json").exists():
         raise InputError(f"{run}: there is no best/ in this run: train it first")
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out} exists: remove it first")
     model, processor = load_model(str(run / "best"))
     model = model.to("cpu", torch.float16)
@@ -41,18 +42,17 @@ def export(run: Path, out: Path, about: str | None = None) -> None:
         raise InputError(f"{run}: its best/ holds weights that are too large for half precision")
     model.generation_config = generation_config(model.config)
 
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    name = os.path.basename(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name[:40]}-", dir=out.parent) as temporary:
+        partial = Path(temporary, name)
         model.save_pretrained(partial, max_shard_size="15MB")
         processor.save_pretrained(partial)
         _load_as_float32(partial / "config.json")
         for weights in partial.glob("*.safetensors"):
             weights.chmod(0o644)
-        describe_checkpoint(RunDirectory(run, exist_ok=True), partial, out.name, about)
+        describe_checkpoint(RunDirectory(run, exist_ok=True), partial, name, about)
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _load_as_float32(config: Path) -> None:

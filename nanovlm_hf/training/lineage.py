@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints import SHIPPED
-from .arguments import CONFIGS, MUON_LEARNING_RATE, RunArguments, arguments_of, read_arguments
+from ..errors import InputError, printable
+from ..vision_encoders import EFFICIENTNET_LITE
+from .arguments import CONFIGS, MUON_LEARNING_RATE, SOURCES, RunArguments, arguments_of, read_arguments
 from .run_directory import RunDirectory
-from .run_record import RECORD, images_per_step, stored_record
+from .run_record import RECORD, check_record, images_per_step, stored_record
 
 # Arguments that a command leaves out: they name local files, or do not change the result.
 NOT_IN_COMMAND = ("dataset", "output_dir", "tokenizer", "trackers")
 
 
-def public_record(run: RunDirectory) -> dict[str, Any]:
+def public_record(run: RunDirectory, after: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the record of a run without local paths, with its cost and the records of the runs before it.
 
     The runs before it are those that it was initialised from or, for averaged weights, those that were averaged.
+
+    Args:
+        after: the directories of the runs that were initialised from this one.
+
+    Raises:
+        InputError: if a record is missing or damaged, or a run was initialised from itself.
     """
-    record = stored_record(run.path)
+    own = run.path.resolve()
+    if own in after:
+        raise InputError(f"{run.path / RECORD}: the run was initialised from itself: correct init_from or grow_from")
+    return _public(stored_record(run.path), run, run.rows(), (*after, own))
+
+
+def check_lineage(record: dict[str, Any], run: RunDirectory) -> None:
+    """Check, before a run begins, what its card needs at its end: its own record and those of the runs before it.
+
+    Raises:
+        InputError: as `public_record`.
+    """
+    check_record(record, run.path / RECORD)
+    for one in lineage(_public(record, run, [], (run.path.resolve(),))):
+        command(one)
+
+
+def _public(
+    record: dict[str, Any], run: RunDirectory, rows: list[dict[str, Any]], after: tuple[Path, ...]
+) -> dict[str, Any]:
     arguments = dict(record["arguments"])
     before = []
     for name in ("init_from", "grow_from"):
         checkpoint = arguments.get(name)
         if checkpoint is not None:
-            before += _records_of(Path(SHIPPED.get(checkpoint, checkpoint)))
+            before += _records_of(checkpoint, after)
             arguments[name] = _public_name(checkpoint)
-    if "average_of" in record:
-        before = [one for part in record["average_of"] for one in _records_of(Path(part, "best"))]
+    if record.get("average_of"):
+        before = [one for part in record["average_of"] for one in _records_of(os.path.join(part, "best"), after)]
         for one in before:  # YAML writes the same object only once
             one["before"] = next(other["before"] for other in before if other["before"] == one["before"])
-        record["average_of"] = [f"runs/{Path(part).name}" for part in record["average_of"]]
+        record = record | {"average_of": [f"runs/{_last_part(part)}" for part in record["average_of"]]}
     for name in ("resume", "overwrite"):
         arguments.pop(name, None)
     for name in ("dataset", "tokenizer"):
-        arguments[name] = arguments.get(name) and Path(arguments[name]).name
+        arguments[name] = arguments.get(name) and _last_part(arguments[name])
     for name in ("texts", "teacher"):
-        arguments[name] = [_public_name(one) for one in arguments.get(name) or []]
-    arguments["output_dir"] = f"runs/{run.path.name}"
-    return record | {"arguments": arguments} | _cost(run.rows(), images_per_step(record)) | {"before": before}
+        arguments[name] = _distinct([_public_name(one) for one in arguments.get(name) or []])
+    arguments["output_dir"] = f"runs/{run.name}"
+    return record | {"arguments": arguments} | _cost(rows, images_per_step(record)) | {"before": before}
 
 
 def lineage(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -54,25 +83,26 @@ def lineage(record: dict[str, Any]) -> list[dict[str, Any]]:
 def command(record: dict[str, Any]) -> list[str]:
     """Return the command that repeats a run with the current code, after a comment with the commit of the run.
 
-    The command names the configuration file of the run, if there is one, and the arguments that differ from it.
+    The command names the configuration file of the run, if there is one, and the arguments that differ from it. Its
+    values are quoted for a shell.
     """
     commit = [f"# at commit {record['git_commit']}"] if record["git_commit"] else []
     if record.get("average_of"):
-        runs = " ".join(record["average_of"])
-        return [*commit, f"python -m nanovlm_hf.training.average {runs} --out {record['arguments']['output_dir']}"]
+        runs, out = _quoted(record["average_of"]), _quoted(record["arguments"]["output_dir"])
+        return [*commit, f"python -m nanovlm_hf.training.average {runs} --out {out}"]
     return [*commit, _launch(record["arguments"])]
 
 
-def _launch(arguments: dict[str, Any]) -> str:
-    config = CONFIGS / f"{Path(arguments['output_dir']).name}.yaml"
-    defaults = vars(RunArguments(dataset="data", output_dir=arguments["output_dir"], variant=arguments["variant"]))
-    if config.exists():
-        implied = vars(read_arguments(["--config", str(config)]))
-        options = [f"--config {config.stem}"]
+def _launch(recorded: dict[str, Any]) -> str:
+    arguments = vars(arguments_of(recorded, Path(recorded["output_dir"], RECORD)))
+    config = Path(arguments["output_dir"]).name
+    if any(path.stem == config for path in CONFIGS.glob("*.yaml")):
+        implied = vars(read_arguments(["--config", str(CONFIGS / f"{config}.yaml")]))
+        options = [f"--config {config}"]
     else:
-        implied = defaults | {"variant": RunArguments.variant}
-        options = [f"--dataset data --output_dir {arguments['output_dir']}"]
-    arguments = vars(arguments_of(arguments, config.parent / config.stem / RECORD))
+        defaults = RunArguments(dataset="data", output_dir=arguments["output_dir"], variant=arguments["variant"])
+        implied = vars(defaults) | {"variant": RunArguments.variant}
+        options = [f"--dataset data --output_dir {_quoted(arguments['output_dir'])}"]
     if arguments["optimizer"] != implied["optimizer"]:  # each optimizer has its own default learning rate
         implied = implied | {"muon_learning_rate": MUON_LEARNING_RATE if arguments["optimizer"] == "muon" else 0.0}
     for name, value in arguments.items():
@@ -80,28 +110,63 @@ def _launch(arguments: dict[str, Any]) -> str:
             continue
         if name == "mixed_precision" and value == "bf16":  # `auto` chooses it wherever it is supported
             continue
-        options.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        options.append(f"--{name} {_quoted(value)}")
     return f"accelerate launch -m nanovlm_hf.training {' '.join(options)}"
 
 
-def _public_name(checkpoint: str) -> str:
-    """Return a name of a checkpoint without local paths: its short name, `runs/NAME/best` or its own name."""
-    path = Path(checkpoint)
-    released = [name for name, folder in SHIPPED.items() if checkpoint == name or folder.resolve() == path.resolve()]
-    if released:
-        return released[0]
-    if path.name in ("best", "last") or (path.parent / RECORD).exists():
+def _quoted(value: Any) -> str:
+    """Return a value, or those of a list, as words of a shell command in one line."""
+    return " ".join(shlex.quote(printable(str(one))) for one in (value if isinstance(value, list) else [value]))
+
+
+def _public_name(name: str) -> str:
+    """Return the name of a source, text file, teacher or checkpoint without local paths.
+
+    A checkpoint is named by its short name, `runs/NAME/best` or its own name. What has a name in the package is never
+    looked for on the disk.
+    """
+    if name in (*SOURCES, *SHIPPED, *EFFICIENTNET_LITE):
+        return name
+    path = Path(name)
+    if os.path.isdir(name):
+        released = [short for short, folder in SHIPPED.items() if folder.resolve() == path.resolve()]
+        if released:
+            return released[0]
+        path = Path(os.path.abspath(name))
+        if (path.parent / RECORD).is_file():
+            return "/".join(["runs", *path.parts[-2:]])
+    if path.name in ("best", "last"):
         return "/".join(["runs", *path.parts[-2:]])
-    return path.name if path.is_absolute() or ".." in path.parts else str(path)
+    is_local = os.path.isabs(name) or ".." in Path(name).parts or os.path.normpath(name) == "."
+    return _last_part(name) if is_local else os.path.normpath(name)
 
 
-def _records_of(checkpoint: Path) -> list[dict[str, Any]]:
+def _last_part(name: str) -> str:
+    """Return the last part of a path: of `.`, that of the working directory."""
+    return os.path.basename(os.path.abspath(name)) or "data"
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Return names with a number before the extension of each that occurred before."""
+    found: list[str] = []
+    for name in names:
+        stem, extension = os.path.splitext(name)
+        found.append(name if name not in found else f"{stem}-{len(found)}{extension}")
+    return found
+
+
+def _records_of(name: str, after: tuple[Path, ...]) -> list[dict[str, Any]]:
     """Return the record of the run that made a checkpoint, which is stored with the weights or one level above."""
-    if (checkpoint / RECORD).exists():
+    checkpoint = Path(SHIPPED.get(name, name))
+    if os.path.isfile(checkpoint / RECORD):
         record = stored_record(checkpoint)
-        return [{name: value for name, value in record.items() if name not in ("name", "about")}]
-    if (checkpoint.parent / RECORD).exists():
-        return [public_record(RunDirectory(checkpoint.parent, exist_ok=True))]
+        if "photos_seen" in record:
+            return [{name: value for name, value in record.items() if name not in ("name", "about")}]
+    # A model of a run may have been removed since; any other name that is not a directory is no path.
+    is_model = os.path.isdir(checkpoint) or (checkpoint.name in ("best", "last") and len(checkpoint.parts) > 1)
+    folder = Path(os.path.abspath(checkpoint)).parent if is_model else checkpoint
+    if is_model and os.path.isfile(folder / RECORD):
+        return [public_record(RunDirectory(folder, exist_ok=True), after)]
     return []
 
 

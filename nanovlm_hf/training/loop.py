@@ -25,13 +25,14 @@ from transformers.utils.logging import disable_progress_bar
 from ..devices import has_bf16
 from ..errors import InputError
 from .accelerator import make_accelerator
-from .arguments import RunArguments
+from .arguments import SOURCES, RunArguments
 from .batches import TrainingBatches
 from .callbacks import Callback, MetricsFiles, ModelCard, ProgressBar, SamplePage, Trackers
 from .cpu import keep_freed_memory, use_eager_attention
 from .data import load_splits
 from .failures import output_errors
 from .initial_model import model_and_processor
+from .lineage import check_lineage
 from .loss import CompletionObjective
 from .metrics import Meter, count_flops, evaluate
 from .optimizers import optimizers_of
@@ -56,7 +57,8 @@ def train(arguments: RunArguments) -> RunDirectory:
     """
     accelerator = make_accelerator(arguments)
     reads = (arguments.dataset, arguments.tokenizer, arguments.init_from, arguments.grow_from, arguments.resume)
-    inputs = [name for name in reads if name not in (None, "auto")]
+    files = [name for name in arguments.texts if name not in SOURCES]
+    inputs = [name for name in (*reads, *files, *arguments.teacher) if name not in (None, "auto")]
     folder = Path(arguments.output_dir), arguments.resume is not None, arguments.overwrite
     # The main process holds the lock for all processes of the run.
     with locked_run_directory(*folder, inputs) if accelerator.is_main_process else nullcontext():
@@ -92,6 +94,9 @@ class _Run:
         if arguments.ema_decay:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
         self.objective, self.optimizers, self.schedules = self._prepare(objective)
+        self.record = describe_run(arguments, self.splits, accelerator)
+        if accelerator.is_main_process:
+            check_lineage(self.record, RunDirectory(arguments.output_dir, exist_ok=True))
         self.folder = self._open_folder()
         self.progress: dict[str, Any] = {"step": 0, "best_eval_loss": math.inf, "evaluations_without_gain": 0}
         self.meter = Meter(accelerator.device, accelerator.num_processes)
@@ -178,14 +183,14 @@ class _Run:
     def _resume(self) -> bool:
         """Load the state to resume from, if there is one; return whether the run is complete."""
         arguments, accelerator = self.arguments, self.accelerator
-        record = describe_run(arguments, self.splits, accelerator)
+        record = self.record
         state = find_state(arguments.resume, self.folder)
         if state is not None:
             check_same_run(record, self.folder, state)
             self.progress = load_state(state, accelerator, self.ema)
             self.meter.load(self.progress.pop("meter"))
             self._resume_stream(self.progress.pop("positions"))
-            if not (self.folder.path / "best").exists():  # the state is of a run in another folder
+            if not self.folder.has_model("best"):  # it was removed, or the state is of a run in another folder
                 self.progress["best_eval_loss"] = math.inf
         complete = self._is_over() and self.folder.is_complete()
         accelerator.wait_for_everyone()
@@ -341,6 +346,11 @@ class _Run:
         if accelerator.is_main_process:
             split, with_images = self.splits["validation"], self.arguments.image_dropout < 1
             metrics, completions = evaluate(model, self.processor, split, self.vocabulary, accelerator, with_images)
+            if not math.isfinite(metrics["eval_loss"]):  # before anything of this model is saved
+                raise InputError(
+                    f"step {progress['step']}: the validation loss is NaN or infinite; what was saved before is "
+                    "intact: lower learning_rate"
+                )
             progress["evaluations_without_gain"] += 1
             if metrics["eval_loss"] < progress["best_eval_loss"]:
                 progress |= {"best_eval_loss": metrics["eval_loss"], "evaluations_without_gain": 0}

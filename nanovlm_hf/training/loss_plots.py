@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def plot_run(run: RunDirectory) -> None:
     steps = [row["step"] for row in evaluations]
 
     def column(name: str) -> list[float]:
-        return [row[name] for row in evaluations]
+        return [row.get(name, math.nan) for row in evaluations]
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -36,7 +37,7 @@ def plot_run(run: RunDirectory) -> None:
         losses.plot(*zip(*training, strict=True), label="training", color="C0", alpha=0.6, linewidth=1)
     losses.plot(steps, column("eval_loss"), label="validation", color="C1")
     losses.plot(steps, column("eval_loss_wrong_photo"), "--", label="validation, mismatched image", color="C3")
-    losses.set(ylabel="loss (nats per token)", title=run.path.name)
+    losses.set(ylabel="loss (nats per token)", title=run.name)
     losses.legend()
     errors = [2 * error for error in column("grounding_gap_stderr")]
     gaps.errorbar(steps, column("grounding_gap"), yerr=errors, color="C2", capsize=2)
@@ -61,7 +62,8 @@ def plot_average(runs: list[Path], metrics: dict[str, float], average: RunDirect
         rows = RunDirectory(run, exist_ok=True).rows()
         for name, style in styles.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points, strict=True), linewidth=1, **style)
+            if points:
+                axes.plot(*zip(*points, strict=True), linewidth=1, **style)
     axes.plot([], [], color="C0", label="training")
     axes.plot([], [], color="C1", marker="o", label="validation")
     axes.axhline(metrics["eval_loss"], color="C2", label="validation, averaged weights")
@@ -71,7 +73,7 @@ def plot_average(runs: list[Path], metrics: dict[str, float], average: RunDirect
         linestyle="--",
         label="validation, averaged weights, mismatched image",
     )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=average.path.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=average.name)
     axes.legend()
     _save(figure, average.path / "loss.png")
 

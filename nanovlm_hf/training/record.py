@@ -27,9 +27,9 @@ def best_metrics(run: RunDirectory) -> dict[str, Any]:
     if not evaluations:
         raise InputError(f"{run.metrics_path}: there is no evaluation in it: train the run first")
     for row in evaluations:
-        validate(row, Evaluation, f"{run.metrics_path}: step {row.get('step')}")
+        validate(row, Evaluation, f"{run.metrics_path}: step {row['step']}")
     best = min(evaluations, key=lambda row: row["eval_loss"])
-    steps = [row for row in rows if "train_loss" in row]
+    steps = [row for row in rows if "train_loss" in row and "epoch" in row]
     at_best = [row for row in steps if row["step"] <= best["step"]] or steps[:1]
     return best | {name: at_best[-1][name] for name in ("train_loss", "epoch") if at_best}
 

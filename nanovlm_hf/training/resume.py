@@ -63,5 +63,14 @@ def _check_same_record(record: dict[str, Any], before: dict[str, Any]) -> None:
         raise InputError(
             f"resume: mixed_precision was {was} and is {used} now: add --mixed_precision {was}, or start a new run"
         )
-    if before.get("data") != record["data"]:
+    if _listed(before.get("data")) != _listed(record["data"]):
         raise InputError("resume: the dataset is not the one that the run started with: start a new run")
+
+
+def _listed(data: Any) -> Any:
+    """Return the data of a record with its text files as a list; records of earlier versions map names to hashes."""
+    train = data.get("train") if isinstance(data, dict) else None
+    files = train.get("files") if isinstance(train, dict) else None
+    if not isinstance(files, dict):
+        return data
+    return data | {"train": train | {"files": [{"name": name, "sha256": digest} for name, digest in files.items()]}}

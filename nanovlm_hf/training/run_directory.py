@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, FiniteFloat
 
 from ..errors import InputError, first_line, scrub
 from ..files import atomic_write, flush_to_disk, json_line, locked, read_jsonl, sync_names, validate
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
+from .arguments import MOST
 from .run_record import RECORD, read_record
 from .run_removal import LOCK, check_removable, remove_run
 from .states import disk_errors, remove_states_after, save_state, states_in
@@ -24,18 +26,28 @@ SAMPLES_PAGE = "samples.html"
 COMPLETE = "complete"  # an empty file, the last that a run writes
 
 
-class _Metrics(BaseModel, extra="allow"):
-    """A line of `metrics.jsonl`."""
+Step = Annotated[int, Field(ge=0, le=MOST)]
+
+
+class _Metrics(BaseModel, extra="allow", strict=True):
+    """A line of `metrics.jsonl`. Losses of a validation may be NaN; `Evaluation` refuses these."""
 
     __pydantic_extra__: dict[str, float | None]
-    step: NonNegativeInt
+    step: Step
+    epoch: FiniteFloat = 0.0
+    train_loss: FiniteFloat = 0.0
+    images_per_second: FiniteFloat = Field(0.0, ge=0)
+    eval_loss: float = 0.0
+    eval_loss_wrong_photo: float = 0.0
+    grounding_gap: float = 0.0
+    grounding_gap_stderr: float = 0.0
 
 
-class _Sample(BaseModel):
+class _Sample(BaseModel, strict=True):
     """A line of `samples.jsonl`."""
 
-    step: NonNegativeInt
-    image_id: int
+    step: Step
+    image_id: int = Field(ge=-(2**63), lt=2**63)
     prefix: str
     text: str
     reference: str
@@ -56,6 +68,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, exist_ok: bool = False, overwrite: bool = False):
         self.path = Path(path)
+        self.name = os.path.basename(os.path.abspath(path))  # that of `.` is the working directory's
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
         if overwrite:
@@ -117,6 +130,11 @@ class RunDirectory:
             if path.exists():
                 with atomic_write(path) as file:
                     file.writelines(json_line(row) for row in rows if row["step"] <= step)
+
+    def has_model(self, name: str) -> bool:
+        """Return whether a model is saved in a subdirectory: its configuration and weights."""
+        folder = self.path / name
+        return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
     def save_model(self, name: str, model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor) -> None:
         """Save a model and its processor in a subdirectory, for `from_pretrained`.
@@ -217,6 +235,8 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _read(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
     rows = []
+    if os.path.lexists(path) and not path.is_file():
+        raise InputError(f"{path}: not a regular file: remove it")
     try:
         for number, row in read_jsonl(path, skip_unfinished=True) if path.exists() else ():
             validate(row, kind, f"{path}: line {number}")

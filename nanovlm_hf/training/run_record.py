@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..files import read_yaml, validate
 from ..paper_nanovlm import PRESETS
 from ..variants import VARIANTS
+from .arguments import MOST, arguments_of
 
 RECORD = "training_args.yaml"
 
@@ -26,6 +27,11 @@ def _one_of(names: Iterable[str]) -> AfterValidator:
 
 
 VariantName = Annotated[str, _one_of(VARIANTS)]
+
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Images = Annotated[int, Field(ge=0, le=2**53)]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}\+?$")]  # with a plus if files had changed since
 
 
 class _Resumable(BaseModel):
@@ -54,13 +60,18 @@ class _Arguments(_Open):
     augment: bool
     init_from: str | None
     grow_from: str | None = None
+    tokenizer: str | None = None
+    teacher: list[str] = []
+    patch_dropout: FiniteFloat = 0.0
+    optimizer: str = "adamw"
+    muon_learning_rate: FiniteFloat | None = None
     mixed_precision: str
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+    per_device_train_batch_size: Count
+    gradient_accumulation_steps: Count
 
 
 class _Split(_Open):
-    photos: int | None
+    photos: Images | None
 
 
 class _Data(_Open):
@@ -71,15 +82,16 @@ class _Data(_Open):
 class _Run(_Open):
     arguments: _Arguments
     data: _Data
-    processes: int
+    processes: Count
     device: str
-    git_commit: str | None
+    mixed_precision: str | None = None
+    git_commit: Commit | None
     average_of: list[str] | None = None
 
 
 class _Public(_Run):
-    photos_seen: int = Field(ge=0)
-    hours: FiniteFloat = Field(ge=0)
+    photos_seen: Images
+    hours: FiniteFloat = Field(ge=0, le=1e9)
     before: list[_Public]
 
 
@@ -91,11 +103,14 @@ class _Checkpoint(_Public):
 class Evaluation(_Open):
     """A line of `metrics.jsonl` with the results of an evaluation."""
 
-    step: int
+    __pydantic_extra__: dict[str, float | None]
+    step: int = Field(ge=0, le=MOST)
     eval_loss: FiniteFloat
     eval_loss_wrong_photo: FiniteFloat
     grounding_gap: FiniteFloat
     grounding_gap_stderr: FiniteFloat
+    train_loss: FiniteFloat = 0.0
+    epoch: FiniteFloat = 0.0
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -122,8 +137,20 @@ def stored_record(directory: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{directory}: there is no {RECORD}: not a run")
     record = read_yaml(path)
-    validate(record, _Public if isinstance(record, dict) and "photos_seen" in record else _Run, path)
+    check_record(record, path)
     return record
+
+
+def check_record(record: Any, where: Path) -> None:
+    """Raise InputError, which names `where`, if the full record of a run or one of those before it is damaged."""
+    validate(record, _Public if isinstance(record, dict) and "photos_seen" in record else _Run, where)
+    _check_arguments(record, where)
+
+
+def _check_arguments(record: dict[str, Any], where: Path) -> None:
+    arguments_of(record["arguments"], where)
+    for one in record.get("before", []):
+        _check_arguments(one, where)
 
 
 def checkpoint_record(directory: Path) -> dict[str, Any]:
@@ -132,8 +159,10 @@ def checkpoint_record(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is missing or damaged.
     """
-    record = read_yaml(directory / RECORD)
-    validate(record, _Checkpoint, directory / RECORD)
+    path = directory / RECORD
+    record = read_yaml(path)
+    validate(record, _Checkpoint, path)
+    _check_arguments(record, path)
     return record
 
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from .run_record import RECORD, read_record
 
 LOCK = ".lock"
+# What a run writes into its directory: files, models and states, and TensorBoard's and Aim's logs.
+FILES = (RECORD, "metrics.jsonl", "samples.jsonl", "samples.html", "loss.png", "complete")
+MODELS = ("best", "last")
+FOLDERS = (*MODELS, "states", "nanovlm", ".aim")
+# And into a model's: what `save_pretrained` writes, and what accompanies a checkpoint.
+MODEL_FILES = re.compile(
+    r"(config|generation_config|(pre)?processor_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|"
+    r"model\.safetensors\.index|metrics|evaluation)\.json|model(-\d+-of-\d+)?\.safetensors|merges\.txt|"
+    r"chat_template\.\w+|\w+_nanovlm\.py|README\.md|metrics\.jsonl|loss\.png|" + re.escape(RECORD)
+)
+STATES = re.compile(r"step-\d+|partial|removed")
 
 
 def check_removable(path: Path, inputs: list[str] | None = None) -> None:
@@ -37,6 +50,23 @@ def check_removable(path: Path, inputs: list[str] | None = None) -> None:
     for name, location in needed.items():
         if location.resolve().is_relative_to(path.resolve()):
             raise _not_removable(path, f"holds {name}")
+    foreign = sorted(_foreign_entries(path))
+    if foreign:
+        raise _not_removable(path, f"holds {printable(foreign[0])}, which no run wrote")
+
+
+def _foreign_entries(path: Path) -> Iterator[Path]:
+    """Yield what no run writes into its directory. Links are passed over: only the link itself is removed."""
+    for entry in path.iterdir():
+        # A kill leaves `.partial`, `.previous` and `loss.partial.png`.
+        name = entry.name.removesuffix(".partial").removesuffix(".previous").replace(".partial.png", ".png")
+        if entry.is_symlink() or entry.name == LOCK or (entry.is_file() and name in FILES):
+            continue
+        if not entry.is_dir() or name not in FOLDERS:
+            yield entry
+        elif name in (*MODELS, "states"):
+            known = STATES if name == "states" else MODEL_FILES
+            yield from (one for one in entry.iterdir() if not known.fullmatch(one.name.removesuffix(".partial")))
 
 
 def remove_run(path: Path) -> None:

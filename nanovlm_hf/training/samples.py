@@ -85,7 +85,7 @@ def write_page(run: RunDirectory, split: Split) -> None:
         for image_id, rows in by_image.items()
     ]
     with atomic_write(run.path / SAMPLES_PAGE) as file:
-        file.write(render("samples.html", run=run.path.name, images=images))
+        file.write(render("samples.html", run=run.name, images=images))
 
 
 def _image(split: Split, image_id: int) -> Image.Image:

@@ -13,36 +13,40 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from accelerate import Accelerator
 from accelerate.utils import load
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ..errors import InputError, first_line
 from ..files import atomic_write, flush_to_disk, inside, read_json, sync_names, validate
+from .arguments import MOST
 
 PROGRESS = "progress.json"
 EMA = "ema.safetensors"
 
 
-class _Meter(BaseModel):
-    loss_sum: float
-    distillation_sum: float = 0.0
-    steps: NonNegativeInt
+Number = Annotated[int, Field(ge=0, le=MOST)]
 
 
-class _Progress(BaseModel):
+class _Meter(BaseModel, strict=True):
+    loss_sum: FiniteFloat
+    distillation_sum: FiniteFloat = 0.0
+    steps: Number
+
+
+class _Progress(BaseModel, strict=True):
     """The content of `progress.json`: the progress of a run, and the SHA-256 of the other files of the state."""
 
-    step: NonNegativeInt
-    best_eval_loss: float
-    evaluations_without_gain: NonNegativeInt
+    step: Number
+    best_eval_loss: float = Field(ge=-1e6)  # infinite before the first evaluation, but never NaN
+    evaluations_without_gain: Number
     meter: _Meter
-    positions: list[tuple[NonNegativeInt, NonNegativeInt]] | None = None
+    positions: list[Annotated[list[Number], Field(min_length=2, max_length=2)]] | None = None
     files: dict[str, str] = {}
 
 
@@ -102,7 +106,7 @@ def load_state(state: Path, accelerator: Accelerator, ema: nn.Module | None = No
             "run arbitrary code and is not loaded: begin a new run, or finish this one with the version that began it"
         )
     try:
-        progress = validate(read_json(state / PROGRESS), _Progress, state / PROGRESS).model_dump()
+        progress = _read_progress(state)
     except InputError as error:
         raise InputError(f"resume: {error}: {_remedy(state)}") from None
     digests = progress.pop("files")
@@ -117,6 +121,15 @@ def load_state(state: Path, accelerator: Accelerator, ema: nn.Module | None = No
             load_model(ema, state / EMA)
     except Exception as error:  # PyTorch, safetensors and Accelerate raise many kinds for damaged files
         raise InputError(f"resume: {state} cannot be loaded ({first_line(error)}): {_remedy(state)}") from None
+    return progress
+
+
+def _read_progress(state: Path) -> dict[str, Any]:
+    path = state / PROGRESS
+    progress = validate(read_json(path), _Progress, path).model_dump()
+    named = re.fullmatch(r"step-(\d+)", state.name)
+    if named and int(named[1]) != progress["step"]:
+        raise InputError(f"{path}: step: {progress['step']} is not that of the folder {state.name}")
     return progress
 
 
