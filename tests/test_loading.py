@@ -183,6 +183,33 @@ ODD = {
     "decoding: list": (write("generation_config.json", "[]"), "generation_config.json: not a JSON object"),
     "decoding: token": (edit("generation_config.json", "suppress_tokens", value=[320]), "names token 320"),
 }
+IDS = list(range(320))
+for _kind in ("pad", "bos", "eos"):
+    for _token in ("A", "<image>"):
+        ODD[f"tokenizer_config: {_kind} {_token}"] = (
+            edit("tokenizer_config.json", f"{_kind}_token", value=_token),
+            f"tokenizer_config.json: {_kind}_token is",
+        )
+    _field = f"{_kind}_token_id"
+    for _value in ([], [0, 320], "0", -1, 320, True, *([] if _kind == "eos" else [[0, 1], [1]])):
+        ODD[f"config: {_field} {_value}"] = (edit("config.json", _field, value=_value), f"config.json: {_field}=")
+        _message = f"generation_config.json: {_field}"
+        ODD[f"decoding: {_field} {_value}"] = (edit("generation_config.json", _field, value=_value), _message)
+for _field, _value in (
+    *(("bad_words_ids", value) for value in ([], [[]], [[1], []], [1], [[320]])),
+    *(("temperature", 1e-30), ("repetition_penalty", 1e-30), ("length_penalty", 1e30), ("num_beams", 1000)),
+    *(("max_new_tokens", 0), ("max_length", 0), ("begin_suppress_tokens", [[1]]), ("suppress_tokens", [True])),
+):
+    ODD[f"decoding: {_field} {_value}"] = (
+        edit("generation_config.json", _field, value=_value),
+        f"config.json: {_field}",
+    )
+for _field, _value in (
+    *(("suppress_tokens", IDS), ("begin_suppress_tokens", IDS), ("bad_words_ids", [[one] for one in IDS])),
+    ("suppress_tokens", [one for one in IDS if one != 2]),
+):
+    _message = "generation_config.json: suppress_tokens and begin_suppress_tokens and bad_words_ids leave no token"
+    ODD[f"decoding: {_field} {len(_value)}"] = (edit("generation_config.json", _field, value=_value), _message)
 for _name, _field, _value in (
     *(("size", "size", {"height": size, "width": size}) for size in (0, 64, 100_000, -1, "32")),
     *(("mean", "image_mean", mean) for mean in ("abc", [0.5, 0.5], [0.5, 0.5, float("nan")], None, [1, 1, True])),
