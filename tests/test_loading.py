@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration
 from nanovlm_hf.completion import complete, stream
+from nanovlm_hf.errors import UsageError
 from nanovlm_hf.evaluation.generators import load_generator, public_name, short_name
+from nanovlm_hf.export.runtime import OnnxModel
 from nanovlm_hf.loading import load_config, load_model
 
 from helpers.memory import measured
@@ -228,6 +230,34 @@ def test_an_invalid_checkpoint_is_refused_in_one_line(folder, change, message):
     assert message in text
     assert text.startswith(str(folder))
     assert "\n" not in text
+
+
+def test_settings_that_exclude_all_tokens_are_not_called_damaged_weights(folder):
+    edit("generation_config.json", "no_repeat_ngram_size", value=1)(folder)
+    edit("generation_config.json", "suppress_tokens", value=[one for one in IDS if one not in (2, 70, 71)])(folder)
+    edit("generation_config.json", "min_new_tokens", value=20)(folder)
+    model, processor = load_model(str(folder))
+    with pytest.raises(InputError, match="no token is left to generate"):
+        list(stream(model, processor, random_image()))
+
+
+@pytest.mark.parametrize("token", ["<eos>", "<pad>", "<bos>", "<image>", "<sep>"])
+def test_special_tokens_in_a_prefix_are_refused(folder, token):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][2] | {"id": 70, "content": "<sep>"})
+    vocabulary = content["model"]["vocab"]
+    old = next(text for text, number in vocabulary.items() if number == 70)
+    content["model"]["vocab"] = {"<sep>" if text == old else text: number for text, number in vocabulary.items()}
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    model, processor = load_model(str(folder))
+    exported = OnnxModel.__new__(OnnxModel)
+    exported.tokenizer = processor.tokenizer.backend_tokenizer
+    prefix = f"A {token} dog"
+    for use in (lambda: list(stream(model, processor, random_image(), prefix)), lambda: exported.check_prefix(prefix)):
+        with pytest.raises(UsageError, match=f"prefix: {token} .* must not be part of the text"):
+            use()
+    exported.check_prefix("A dog < eos > pad")
 
 
 @pytest.mark.parametrize("odd", ["config: layers", "config: FIFO", "weights: NaN", "tokenizer: normalizer"])

@@ -7,6 +7,8 @@ import shutil
 import time
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from nanovlm_hf.errors import holds_secret, scrub
 from nanovlm_hf.hub.model_metadata import METRICS
@@ -260,6 +262,31 @@ def test_private_text_is_refused(run, checkpoint, change, problem):
     code, _, errors = dry_run(run, checkpoint)
     assert code == 1
     assert problem in only_line(errors)
+
+
+def png(folder, text=None, compressed=False, behind=b""):
+    info = PngInfo()
+    info.add_text("Comment", text or "a plot", zip=compressed)
+    Image.new("RGB", (8, 8)).save(folder / "loss.png", pnginfo=info)
+    with (folder / "loss.png").open("ab") as file:
+        file.write(behind)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({}, None),
+        ({"text": "/home/alice/plot.py"}, "loss.png: it contains the path of a home directory"),
+        ({"text": TOKEN}, "loss.png: it contains a token"),
+        ({"text": TOKEN, "compressed": True}, "loss.png: this PNG image is damaged, or holds more than a plot"),
+        ({"behind": b"PK"}, "loss.png: this PNG image is damaged, or holds more than a plot"),
+    ],
+)
+def test_what_an_image_says_is_checked(run, checkpoint, settings, problem):
+    png(checkpoint, **settings)
+    code, _, errors = dry_run(run, checkpoint)
+    assert code == (problem is not None)
+    assert errors == [] if problem is None else problem in only_line(errors)
 
 
 def edit_json(path, fields):

@@ -37,8 +37,9 @@ def utf8(option: typer.CallbackParam, value: str | None) -> str | None:
     try:
         (value or "").encode()
     except UnicodeEncodeError:
-        name = option.opts[0] if option.param_type_name == "option" else option.human_readable_name
-        raise UsageError(f"{name}: it is not UTF-8 text: check the encoding of the terminal or script") from None
+        raise UsageError(
+            f"{option.opts[0]}: it is not UTF-8 text: check the encoding of the terminal or script"
+        ) from None
     return value
 
 

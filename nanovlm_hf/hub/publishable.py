@@ -37,6 +37,7 @@ _SEPARATORS = re.compile(r"[\\/]+(?:\.[\\/]+)*")
 _WEB_ADDRESS = re.compile(r"\bhttps?:/[^\s\"'<>)?#]+", re.IGNORECASE)
 # A vocabulary may hold any piece of text, such as the beginning of a path.
 VOCABULARIES = frozenset(("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"))
+PNG_PARTS = (b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tEXt", b"IDAT", b"IEND")
 MAX_TEXT = 50_000_000  # bytes of a text file
 SHOWN = 10  # names in a message
 
@@ -98,11 +99,9 @@ def _may_link_to(folder: Path, target: Path) -> bool:
 def _check_private(shown: Path, path: Path) -> None:
     name = shown.name
     if name == "loss.png":
-        with path.open("rb") as file:
-            if file.read(8) != b"\x89PNG\r\n\x1a\n":
-                raise InputError(f"{shown}: not a PNG image: remove it, or plot it again")
-        return
-    text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
+        text = _png_text(shown, path)
+    else:
+        text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
     token = get_token()
     if holds_secret(text) or (token is not None and len(token) >= 8 and token in text):
         raise InputError(f"{shown}: it contains a token, key or password: remove it before publishing")
@@ -142,6 +141,30 @@ def _text(shown: Path, path: Path) -> str:
         return read_text(path)
     except InputError as error:
         raise InputError(str(error).replace(str(path), str(shown))) from None
+
+
+def _png_text(shown: Path, path: Path) -> str:
+    """Return what a PNG image says besides its pixels.
+
+    Raises:
+        InputError: if it is no such image, or has more parts than a plot, such as compressed text or another file
+            behind its end.
+    """
+    content = path.read_bytes() if path.stat().st_size <= MAX_TEXT else b""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise InputError(f"{shown}: not a PNG image: remove it, or plot it again")
+    start, texts, kind = 8, [], b""
+    while kind != b"IEND" and start + 12 <= len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # length, kind, data, checksum
+        kind = content[start + 4 : start + 8]
+        if kind not in PNG_PARTS:
+            break
+        if kind == b"tEXt":
+            texts.append(content[start + 8 : end - 4].decode("latin-1"))
+        start = end
+    if kind != b"IEND" or start != len(content):
+        raise InputError(f"{shown}: this PNG image is damaged, or holds more than a plot: remove it, or plot it again")
+    return "\n".join(texts)
 
 
 def _header(path: Path) -> str:
