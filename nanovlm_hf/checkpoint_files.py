@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from .completion_files import LOWEST_TEMPERATURE
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, first_line, scrub
 from .files import validate
@@ -77,7 +78,22 @@ def load_processor(folder: Path, config: NanoVLMConfig) -> NanoVLMProcessor:
             f"{folder}: the tokenizer has <image> at {image_token}, config.json at {config.image_token_id}: "
             "take both from one model"
         )
+    for kind in ("pad", "bos", "eos"):
+        _check_special_token(folder, kind, getattr(tokenizer, f"{kind}_token_id"), config)
     return NanoVLMProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+
+
+def _check_special_token(folder: Path, kind: str, found: int | None, config: NanoVLMConfig) -> None:
+    wanted = getattr(config, f"{kind}_token_id")
+    if found is None:
+        return
+    if found == config.image_token_id:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {kind}_token is that of the image: name another one")
+    if wanted is not None and found not in (wanted if isinstance(wanted, list) else [wanted]):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: {kind}_token is token {found}, config.json has {kind}_token_id "
+            f"{wanted}: take both from one model"
+        )
 
 
 def _load_image_processor(folder: Path, config: NanoVLMConfig) -> NanoVLMImageProcessor:
@@ -116,40 +132,54 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
+_Ids = Annotated[list[_Id], Field(max_length=100_000)]
 _Count = Annotated[int, Field(ge=0, le=2**31)] | None
+_Length = Annotated[int, Field(ge=1, le=2**31)] | None
 
 
 class _Decoding(Strict):
-    """The fields of generation_config.json that are used."""
+    """The fields of generation_config.json that are used, within limits that keep scores finite."""
 
     do_sample: bool | None = None
-    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=100)] | None = None
     top_k: _Count = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] | None = None
-    num_beams: Annotated[int, Field(ge=1, le=1000)] | None = None
-    length_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=100)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     early_stopping: bool | Literal["never"] | None = None
-    max_new_tokens: _Count = None
-    max_length: _Count = None
+    max_new_tokens: _Length = None
+    max_length: _Length = None
     min_new_tokens: _Count = None
     min_length: _Count = None
-    suppress_tokens: list[_Id] | None = None
-    begin_suppress_tokens: list[_Id] | None = None
-    bad_words_ids: list[Annotated[list[_Id], Field(min_length=1)]] | None = None
+    suppress_tokens: _Ids | None = None
+    begin_suppress_tokens: _Ids | None = None
+    bad_words_ids: (
+        Annotated[list[Annotated[_Ids, Field(min_length=1)]], Field(min_length=1, max_length=100_000)] | None
+    ) = None
     pad_token_id: _Id | None = None
     bos_token_id: _Id | None = None
-    eos_token_id: _Id | list[_Id] | None = None
+    eos_token_id: _Id | Annotated[_Ids, Field(min_length=1)] | None = None
+
+
+_EXCLUDING = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+
+
+def _flat(ids: Any) -> list[int]:
+    """Return the ids of None, an id or nested lists of ids."""
+    if isinstance(ids, list):
+        return [one for item in ids for one in _flat(item)]
+    return [] if ids is None else [ids]
 
 
 def load_decoding(folder: Path, config: NanoVLMConfig) -> GenerationConfig | None:
     """Return the generation config of a checkpoint, or None if it has none.
 
     Raises:
-        InputError: if the file is damaged, or a known field has an invalid value.
+        InputError: if the file is damaged, a known field has an invalid value, or no token is left to generate.
     """
     path = folder / "generation_config.json"
     if not path.exists():
@@ -157,10 +187,15 @@ def load_decoding(folder: Path, config: NanoVLMConfig) -> GenerationConfig | Non
     fields = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     fields |= validate(read_object(folder, path.name), _Decoding, path).model_dump(exclude_none=True)
     entries = config.text_config.vocab_size
-    for field in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
-        ids = [one for item in fields.get(field, []) for one in (item if isinstance(item, list) else [item])]
+    for field in ("pad_token_id", "bos_token_id", "eos_token_id", *_EXCLUDING):
+        ids = _flat(fields.get(field))
         if ids and max(ids) >= entries:
             raise InputError(f"{path}: {field} names token {max(ids)}, the model has {entries}")
+    excluded = set(_flat(fields.get("eos_token_id")))
+    for field in _EXCLUDING:
+        excluded |= {one for item in fields.get(field, []) if len(ids := _flat(item)) == 1 for one in ids}
+    if len(excluded) >= entries:
+        raise InputError(f"{path}: {' and '.join(_EXCLUDING)} leave no token to generate: remove some")
     try:
         return GenerationConfig(**fields)
     except Exception as error:  # combinations that Transformers refuses

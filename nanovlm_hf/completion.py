@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
 
-from .completion_files import DEFAULT_NEW_TOKENS, Completion, find_images
+from .completion_files import DEFAULT_NEW_TOKENS, Completion, find_images, refuse_special_tokens
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, completion_line
 from .generation_nanovlm import greedy_settings
@@ -43,7 +43,8 @@ def complete(
         generation: further arguments of `generate()`.
 
     Raises:
-        InputError: if the prefix contains `<image>` or does not fit the model's positions.
+        UsageError: if the prefix contains a special token, such as `<image>` or `<eos>`.
+        InputError: if the prefix does not fit the model's positions.
     """
     max_new_tokens = fit_new_tokens(model.config, processor, prefix, max_new_tokens)
     pending = find_images([Path(path) for path in images])
@@ -135,10 +136,16 @@ def _generate(
 
 
 class _FiniteLogits(LogitsProcessor):
-    """Stop a generation whose logits hold NaN or infinity, or no finite value."""
+    """Stop a generation whose logits hold NaN or infinity, or that has no token left to choose."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not scores.amax(dim=-1).isfinite().all():
+        highest = scores.amax(dim=-1)
+        if highest.isneginf().any() and not highest.isnan().any():
+            raise InputError(
+                "no token is left to generate: the settings (suppress_tokens, bad_words_ids, no_repeat_ngram_size) of "
+                "generation_config.json or of the call exclude all of them"
+            )
+        if not highest.isfinite().all():
             raise InputError(
                 "the model's logits are NaN or infinite: its weights are damaged, or its training diverged"
             )
@@ -154,10 +161,11 @@ def fit_new_tokens(config: NanoVLMConfig, processor: NanoVLMProcessor, prefix: s
     """Return how many tokens may follow the prefix: `max_new_tokens`, or as many as fit, up to 96.
 
     Raises:
-        InputError: if the prefix contains `<image>`, or the tokens do not fit the model's positions.
+        UsageError: if the prefix contains a special token, which the tokenizer would not read as text.
+        InputError: if the tokens do not fit the model's positions, or the prefix is not valid Unicode.
     """
-    if processor.image_token in prefix:
-        raise InputError(f"prefix: {processor.image_token} stands for the image and must not be part of the text")
+    special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    refuse_special_tokens(prefix, special | set(processor.tokenizer.all_special_tokens))
     used = processor.image_seq_length + len(processor(text=prefix)["input_ids"][0])
     entries = config.text_config.max_position_embeddings
     if used >= entries:

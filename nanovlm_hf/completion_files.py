@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import printable
+from .errors import UsageError, printable, scrub
 from .images import scan_folder
 
 DEFAULT_NEW_TOKENS = 96  # a LongDesc has 75 tokens on average and 88 at most
@@ -29,6 +30,24 @@ class Completion:
     texts: list[str] = field(default_factory=list)
     blind: list[str] | None = None
     error: str | None = None
+
+
+def refuse_special_tokens(prefix: str, special: Iterable[str]) -> None:
+    """Refuse a prefix that a tokenizer would not read as text.
+
+    Args:
+        special: the special tokens of the tokenizer.
+
+    Raises:
+        UsageError: naming the special token, or for text with half of a surrogate pair.
+    """
+    if "<image>" in prefix:
+        raise UsageError("prefix: <image> stands for the image and must not be part of the text")
+    found = min((token for token in special if token and token in prefix), default=None)
+    if found is not None:
+        raise UsageError(f"prefix: {scrub(found, 60)} is a special token and must not be part of the text")
+    if any("\ud800" <= one <= "\udfff" for one in prefix):
+        raise UsageError("prefix: it is not valid Unicode: give the text as UTF-8")
 
 
 def find_images(paths: list[Path]) -> list[Completion]:

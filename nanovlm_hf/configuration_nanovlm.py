@@ -421,7 +421,10 @@ def _check_integer(name: str, value: Any, lowest: int, highest: int) -> None:
 
 
 def _check_token_ids(name: str, value: Any, vocab_size: int) -> None:
-    """Raise a ValueError unless the value is None, an id or a list of ids."""
+    """Raise a ValueError unless the value is None, an id, or for the end of a text a list of ids."""
+    if isinstance(value, list) and not (value and name.endswith("eos_token_id")):
+        expected = "an id or a list of ids, and an empty list is neither" if not value else "an id, and this is a list"
+        raise ValueError(f"{name}={_shown(value)}: it has to be {expected}")
     for one in value if isinstance(value, list) else [] if value is None else [value]:
         _check_integer(name, one, 0, vocab_size - 1)
 

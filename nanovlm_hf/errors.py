@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import unquote
 
 MAX_MESSAGE = 300  # characters kept of a message that this package did not write
 
 _SECRETS_IN_ENVIRONMENT = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-_TOKEN = re.compile(r"\b(?:sk-|hf_|ghp_|github_pat_|xox[bap]-)[\w-]{6,}|\bBearer\s+[\w.~+/=-]{6,}", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(?:^|_)(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(?:sk-|hf_|ghp_|github_pat_|xox[a-z]-)[\w-]{6,}|\bBearer\s+[\w.~+/=-]{6,}", re.IGNORECASE)
+# Keys and tokens as their issuers write them; all repetitions are of one class, so that the search takes linear time.
+_ISSUED = re.compile(
+    r"""(?<![A-Za-z0-9])(?:
+    (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}                                         # Amazon
+    | gh[opusr]_[A-Za-z0-9]{10,} | github_pat_\w{10,}                           # GitHub
+    | gl(?:pat|[dfr]t|ptt|cbt|soat|imt|agent|oas|ffct)-[\w-]{16,}               # GitLab
+    | AIza[\w-]{30,} | ya29\.[\w-]{20,} | GOCSPX-[\w-]{20,}                    # Google
+    | hf_[A-Za-z0-9]{30,} | api_org_[A-Za-z0-9]{20,}                            # Hugging Face
+    | (?:npm|gsk|r8|fw|ntn|lin_api|KGAT|phc)_[A-Za-z0-9]{16,}                   # npm, Groq, Replicate and others
+    | (?:nvapi|pplx|xai|tgp_v1|tvly|csk)-[\w-]{16,}                            # NVIDIA, Perplexity, xAI and others
+    | pypi-(?:AgE[\w-]{8,}|\w{16,}) | wandb_v1_\w{10,}                          # PyPI, Weights & Biases
+    | xapp-\d-[\w-]{10,} | hooks\.slack\.com/services/[\w/]{10,}               # Slack
+    | [prs]k_(?:live|test)_[A-Za-z0-9]{10,} | whsec_[A-Za-z0-9]{16,}            # Stripe
+    | SG\.[\w-]{16,}\.[\w-]{16,} | do[opr]_v1_[a-f0-9]{32,} | dapi[a-f0-9]{32} # SendGrid, DigitalOcean, Databricks
+    | hv[sbr]\.[\w-]{20,} | AGE-SECRET-KEY-1[A-Z0-9]{20,} | \d{8,10}:AA[\w-]{33} # Vault, age, Telegram
+    | eyJ[\w-]{6,}\.eyJ[\w-]{6,}(?:\.[\w-]*)?                                  # JSON web token
+    )|-----BEGIN\ [A-Z0-9 ]{0,40}PRIVATE\ KEY[A-Z ]{0,10}-----
+    |(?i:[?&](?:[a-z]{1,12}[_-])?(?:api_?key|key|token|sig|signature|secret|password)=[^\s&"'<>]{6,})
+    |(?i:\bauthorization["']?\s?[:=]\s?["']?(?:basic|token)\s[\w.~+/=-]{8,})""",
+    re.VERBOSE,
+)
+# `name_key: value`, where the value is too long and too mixed for a word or a setting, and no file name or number.
+_ASSIGNED = re.compile(
+    r"""(?:key|token|secret|password|passwd)["']?\s{0,2}[:=]\s{0,2}["']?
+    (?=[A-Za-z+/_-]{0,100}\d)(?=[\d+/_-]{0,100}[A-Za-z])[\w+/=-]{16,}(?![\w+/=.-])""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 # Code and settings that look like tokens: hf_hub_download, HF_HUB_OFFLINE, "Bearer authentication".
 _NOT_A_TOKEN = re.compile(r"hf_transfer|hf_[a-z]{1,15}(?:_[a-z]{1,15})+|bearer\s+[a-z]{1,15}", re.IGNORECASE)
 _PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([/\\\"'])|([nrt]))")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _LINE_BREAKS = re.compile(r"[\t\n\r]+")
 
@@ -57,23 +88,58 @@ def scrub(text: str, max_length: int = MAX_MESSAGE) -> str:
     is truncated to `max_length` characters.
     """
     text = text[: 20 * max_length]  # bounds the work; a secret across this boundary is truncated with the rest
-    for name in _SECRETS_IN_ENVIRONMENT:
-        secret = os.environ.get(name, "").strip()
-        if len(secret) >= 4:
-            text = text.replace(secret, "***")
-    text = _USER_INFO.sub("***@", _TOKEN.sub("***", text))
+    for secret in _environment_secrets(4):
+        text = text.replace(secret, "***")
+    text = _USER_INFO.sub("***@", _ISSUED.sub("***", _TOKEN.sub("***", text)))
     text = without_controls(text)
     return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether a text contains what `scrub` masks: an API key, a token, or a password in a URL."""
-    for name in _SECRETS_IN_ENVIRONMENT:
-        secret = os.environ.get(name, "").strip()
-        if len(secret) >= 8 and secret in text:
-            return True
+    """Return whether a text, as it is or with its escapes decoded, contains a secret.
+
+    Secrets are what `scrub` masks (API keys, tokens, passwords in URLs), and values assigned to the name of a key.
+    """
+    return any(map(_holds_secret, decodings(text)))
+
+
+def _holds_secret(text: str) -> bool:
+    if any(secret in text for secret in _environment_secrets(8)):
+        return True
     tokens = (match[0] for match in _TOKEN.finditer(text))
-    return any(_NOT_A_TOKEN.fullmatch(token) is None for token in tokens) or _PASSWORD.search(text) is not None
+    if any(_NOT_A_TOKEN.fullmatch(token) is None for token in tokens):
+        return True
+    return any(pattern.search(text) for pattern in (_ISSUED, _ASSIGNED, _PASSWORD))
+
+
+def _environment_secrets(shortest: int) -> list[str]:
+    """Return the secrets in the environment, the longest first, without those that are too short to search for.
+
+    Args:
+        shortest: characters of a token that this package reads; other variables may hold words, and need 8.
+    """
+    found = []
+    for name, value in os.environ.items():
+        least = shortest if name in _SECRETS_IN_ENVIRONMENT else 8
+        if _SECRET_VARIABLE.search(name) and len(value.strip()) >= least:
+            found.append(value.strip())
+    return sorted(found, key=len, reverse=True)
+
+
+def decodings(text: str) -> set[str]:
+    """Return a text, and what decoding the escapes of JSON, YAML, URLs and HTML makes of it, up to three levels."""
+    forms = {text}
+    for _ in range(3):
+        text = html.unescape(unquote(_ESCAPE.sub(_decoded, text)))
+        forms.add(text)
+    return forms
+
+
+def _decoded(found: re.Match[str]) -> str:
+    number = found[1] or found[2] or found[3]
+    if number is not None:
+        return chr(min(int(number, 16), 0x10FFFF))
+    return found[4] or "\n"
 
 
 def warn(message: str) -> None:

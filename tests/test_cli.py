@@ -132,6 +132,10 @@ def test_unreadable_folder(run, saved, tmp_path, monkeypatch):
     ("options", "code", "message"),
     [
         (("--prefix", "a <image> b"), 2, "<image> stands for the image"),
+        (("--prefix", "A <eos> dog"), 2, "prefix: <eos> is a special token and must not be part of the text"),
+        (("--prefix", "<pad><pad>"), 2, "prefix: <pad> is a special token"),
+        (("--prefix", "<bos>"), 2, "prefix: <bos> is a special token"),
+        (("--prefix", "A \udcff"), 2, "--prefix: it is not UTF-8 text"),
         (("--prefix", "word " * 60), 1, "leave no room in the model's 48"),
         (("--max-new-tokens", 60), 1, "ask for 47 at most"),
         (("--max-new-tokens", 0), 2, "max-new-tokens"),
@@ -148,6 +152,23 @@ def test_invalid_options(run, saved, photo, options, code, message):
     got, lines, errors = run("complete", photo, "--model", saved, *options)
     assert (got, lines) == (code, [])
     assert message in only_line(errors)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("push", "mini-short", "org/ti\udcffny", "--dry-run"),
+        ("evaluate", "--model", "mini-short", "--dataset", "d", "--out", "o", "--prefix", "A \udcff"),
+        ("evaluate", "--model", "mini-short", "--dataset", "d", "--out", "o", "--judge", "\udcff"),
+        ("data", "push", "--dataset", "d", "--license", "\udcff"),
+        ("demo", "--push", "org/\udcff"),
+        ("serve", "--host", "\udcff"),
+    ],
+)
+def test_text_that_is_not_utf8_is_wrong_usage(run, arguments):
+    code, lines, errors = run(*arguments)
+    assert (code, lines) == (2, [])
+    assert ": it is not UTF-8 text" in only_line(errors)
 
 
 def test_empty_prefix(run, saved, photo):

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from nanovlm_hf.checkpoints import SHIPPED
 from nanovlm_hf.export.runtime import OnnxModel
@@ -18,7 +20,7 @@ from nanovlm_hf.hub.staging import stage_checkpoint
 from nanovlm_hf.loading import load_model
 
 from helpers.hub_client import online, run_commands
-from helpers.models import random_image
+from helpers.models import old_names, random_image, tiny_model, tiny_processor
 from helpers.output import only_line
 from helpers.servers import serve
 
@@ -355,7 +357,7 @@ def test_weights_are_published_unchanged(staged):
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_nanovlm.")
     assert {name: value for name, value in config.items() if name != "auto_map"} == json.loads(before["config.json"])
-    assert len(list(folder.glob("*.py"))) == 9
+    assert len(list(folder.glob("*.py"))) == 10
     assert {path.name: path.read_bytes() for path in SHIPPED["mini-short"].iterdir() if path.is_file()} == before
 
 
@@ -379,6 +381,73 @@ def test_an_auto_map_of_other_code_is_not_published(staged, tmp_path):
     folder = staged(checkpoint)
     assert not any("other/code" in path.read_text() for path in folder.glob("*.json"))
     assert "auto_map" in json.loads((folder / "config.json").read_text())
+
+
+def nested(value, depth=3):
+    return {"a": [nested(value, depth - 1)]} if depth else value
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_fields_that_name_other_code_are_removed_at_every_depth(staged, tmp_path, code):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(SHIPPED["mini-short"], checkpoint)
+    evil = {"auto_map": {"AutoModel": "evil/repo--model.X"}, "custom_pipelines": {"x": {"impl": "evil.X"}}}
+    evil |= {"custom_generate": "evil/repo", "trust_remote_code": True, "attn_implementation": "evil/kernel"}
+    names = [path.name for path in checkpoint.glob("*.json") if path.name not in ("tokenizer.json", "metrics.json")]
+    assert {"config.json", "generation_config.json", "special_tokens_map.json", "evaluation.json"} <= set(names)
+    before = {}
+    for name in names:
+        fields = json.loads((checkpoint / name).read_text())
+        before[name] = fields | {"more": nested({})}
+        (checkpoint / name).write_text(json.dumps(fields | evil | {"more": nested(evil)}))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vision_config"] |= evil
+    text = json.dumps(config)
+    (checkpoint / "config.json").write_text(text.replace('{"', '{"text_config": {"auto_map": "evil"}, "', 1))
+    folder = staged(checkpoint, code=code)
+    for name in names:
+        published = (folder / name).read_text()
+        assert "evil" not in published, name
+        fields = json.loads(published)
+        own = fields.pop("auto_map", {})
+        assert code or own == {}
+        assert fields == before[name]
+    assert (checkpoint / "config.json").read_text() != text
+    assert "evil" in (checkpoint / "config.json").read_text()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_of_version_0_1_0_are_published_under_the_current_names(staged, tmp_path, tokenizer, shards):
+    checkpoint = tmp_path / "checkpoint"
+    model = tiny_model().to(torch.bfloat16)
+    model.save_pretrained(checkpoint, max_shard_size="60KB" if shards else "5GB")
+    tiny_processor(tokenizer).save_pretrained(checkpoint)
+    for name in ("README.md", "metrics.json"):
+        shutil.copyfile(SHIPPED["mini-short"] / name, checkpoint / name)
+    current = {}
+    for path in checkpoint.glob("*.safetensors"):
+        weights = load_file(path)
+        current |= weights
+        save_file(old_names(weights), path, metadata={"format": "pt"})
+    index = checkpoint / "model.safetensors.index.json"
+    assert index.exists() is shards
+    if shards:
+        content = json.loads(index.read_text())
+        index.write_text(json.dumps(content | {"weight_map": old_names(content["weight_map"])}))
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    folder = staged(checkpoint)
+    published = {}
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        published |= weights
+        if shards:
+            names = json.loads((folder / index.name).read_text())["weight_map"]
+            assert {name for name, file in names.items() if file == path.name} == weights.keys()
+    assert published.keys() == current.keys()
+    assert all(
+        weight.equal(published[name]) and weight.dtype == published[name].dtype for name, weight in current.items()
+    )
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration
 from nanovlm_hf.completion import complete, stream
+from nanovlm_hf.errors import UsageError
 from nanovlm_hf.evaluation.generators import load_generator, public_name, short_name
+from nanovlm_hf.export.runtime import OnnxModel
 from nanovlm_hf.loading import load_config, load_model
 
 from helpers.memory import measured
@@ -183,6 +185,33 @@ ODD = {
     "decoding: list": (write("generation_config.json", "[]"), "generation_config.json: not a JSON object"),
     "decoding: token": (edit("generation_config.json", "suppress_tokens", value=[320]), "names token 320"),
 }
+IDS = list(range(320))
+for _kind in ("pad", "bos", "eos"):
+    for _token in ("A", "<image>"):
+        ODD[f"tokenizer_config: {_kind} {_token}"] = (
+            edit("tokenizer_config.json", f"{_kind}_token", value=_token),
+            f"tokenizer_config.json: {_kind}_token is",
+        )
+    _field = f"{_kind}_token_id"
+    for _value in ([], [0, 320], "0", -1, 320, True, *([] if _kind == "eos" else [[0, 1], [1]])):
+        ODD[f"config: {_field} {_value}"] = (edit("config.json", _field, value=_value), f"config.json: {_field}=")
+        _message = f"generation_config.json: {_field}"
+        ODD[f"decoding: {_field} {_value}"] = (edit("generation_config.json", _field, value=_value), _message)
+for _field, _value in (
+    *(("bad_words_ids", value) for value in ([], [[]], [[1], []], [1], [[320]])),
+    *(("temperature", 1e-30), ("repetition_penalty", 1e-30), ("length_penalty", 1e30), ("num_beams", 1000)),
+    *(("max_new_tokens", 0), ("max_length", 0), ("begin_suppress_tokens", [[1]]), ("suppress_tokens", [True])),
+):
+    ODD[f"decoding: {_field} {_value}"] = (
+        edit("generation_config.json", _field, value=_value),
+        f"config.json: {_field}",
+    )
+for _field, _value in (
+    *(("suppress_tokens", IDS), ("begin_suppress_tokens", IDS), ("bad_words_ids", [[one] for one in IDS])),
+    ("suppress_tokens", [one for one in IDS if one != 2]),
+):
+    _message = "generation_config.json: suppress_tokens and begin_suppress_tokens and bad_words_ids leave no token"
+    ODD[f"decoding: {_field} {len(_value)}"] = (edit("generation_config.json", _field, value=_value), _message)
 for _name, _field, _value in (
     *(("size", "size", {"height": size, "width": size}) for size in (0, 64, 100_000, -1, "32")),
     *(("mean", "image_mean", mean) for mean in ("abc", [0.5, 0.5], [0.5, 0.5, float("nan")], None, [1, 1, True])),
@@ -201,6 +230,34 @@ def test_an_invalid_checkpoint_is_refused_in_one_line(folder, change, message):
     assert message in text
     assert text.startswith(str(folder))
     assert "\n" not in text
+
+
+def test_settings_that_exclude_all_tokens_are_not_called_damaged_weights(folder):
+    edit("generation_config.json", "no_repeat_ngram_size", value=1)(folder)
+    edit("generation_config.json", "suppress_tokens", value=[one for one in IDS if one not in (2, 70, 71)])(folder)
+    edit("generation_config.json", "min_new_tokens", value=20)(folder)
+    model, processor = load_model(str(folder))
+    with pytest.raises(InputError, match="no token is left to generate"):
+        list(stream(model, processor, random_image()))
+
+
+@pytest.mark.parametrize("token", ["<eos>", "<pad>", "<bos>", "<image>", "<sep>"])
+def test_special_tokens_in_a_prefix_are_refused(folder, token):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][2] | {"id": 70, "content": "<sep>"})
+    vocabulary = content["model"]["vocab"]
+    old = next(text for text, number in vocabulary.items() if number == 70)
+    content["model"]["vocab"] = {"<sep>" if text == old else text: number for text, number in vocabulary.items()}
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    model, processor = load_model(str(folder))
+    exported = OnnxModel.__new__(OnnxModel)
+    exported.tokenizer = processor.tokenizer.backend_tokenizer
+    prefix = f"A {token} dog"
+    for use in (lambda: list(stream(model, processor, random_image(), prefix)), lambda: exported.check_prefix(prefix)):
+        with pytest.raises(UsageError, match=f"prefix: {token} .* must not be part of the text"):
+            use()
+    exported.check_prefix("A dog < eos > pad")
 
 
 @pytest.mark.parametrize("odd", ["config: layers", "config: FIFO", "weights: NaN", "tokenizer: normalizer"])

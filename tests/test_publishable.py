@@ -4,11 +4,15 @@ import itertools
 import json
 import os
 import shutil
+import time
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from nanovlm_hf.errors import holds_secret
+from nanovlm_hf.errors import holds_secret, scrub
 from nanovlm_hf.hub.model_metadata import METRICS
+from nanovlm_hf.hub.publishable import _names_home
 from nanovlm_hf.hub.staging import stage_checkpoint, stage_space
 
 from helpers.models import tiny_model, tiny_processor
@@ -146,6 +150,147 @@ def test_private_and_foreign_files_are_refused_in_one_line(run, checkpoint, chan
     assert (code, lines) == (1, [])
     assert problem in only_line(errors)
     assert TOKEN not in errors[0]
+
+
+HOMES = [
+    *("/home/alice", "/data/home/alice/x", "/var/home/alice", "/export/home/alice", "/nfs/homes/alice", "/home2/alice"),
+    *("/home//alice", "//home/./alice", "../../home/alice", "host:/home/alice", "file:///home/alice", "/home/\u00e9"),
+    *(
+        "/Users/alice",
+        "/mnt/c/Users/alice",
+        "C:/Users/alice",
+        r"C:\Users\alice",
+        r"c:\\users\\alice",
+        r"\\host\Users\alice",
+    ),
+    *(
+        r"C:\Documents and Settings\alice",
+        "/root/x",
+        "/root",
+        "/var/root/x",
+        "see ~alice/data",
+        "'~alice'",
+        "x: ~alice",
+    ),
+    *(
+        r"\/home\/alice\/x",
+        r"\u002fhome\u002falice",
+        r"C:\u005cUsers\u005cnick",
+        r"\x2fhome\x2falice",
+        r"a\n/home/alice",
+    ),
+    *("%2Fhome%2Falice", "%252Fhome%252Falice", "&#47;home&#47;alice", "https://example.org/?file=/home/alice"),
+]
+NO_HOMES = [
+    *("~/runs", "https://example.org/home/page", "docs/home/index.html", "./home/x", "a ~100 gain, ~~old~~", "</root>"),
+    *("about ~threefold\nmore", "/tmp/x", "and/or/home", "lists/users/me", "key: ~\n", "the root/x"),
+]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SECRETS = [
+    *("AKIAIOSFODNN7EXAMPLE", f"gho_{LETTERS}0123456789", f"ghs_{LETTERS}", f"github_pat_11ABC_{LETTERS}"),
+    *("glpat-abcdefghij1234567890", f"AIzaSyA-{LETTERS}12345", f"npm_{LETTERS}", f"nvapi-{LETTERS}", f"gsk_{LETTERS}"),
+    *(f"r8_{LETTERS}", "pypi-AgEIcHlwaS5vcmc", "xoxb-1234-abcdef", "sk-ant-api03-abcdefgh", f"wandb_v1_{LETTERS}"),
+    *(
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0.abc",
+    ),
+    *("https://x.org/?api_key=0123456789", "Authorization: Basic dXNlcjpwYXNzd29yZA==", f"my_hf_{LETTERS}ABCDEF"),
+]
+ASSIGNED = [
+    *("AZURE_OPENAI_API_KEY=0123456789abcdef", '"wandb_api_key": "0123456789abcdef01234567"'),
+    *(r"\u0041KIAIOSFODNN7EXAMPLE", "hf%5Fabcdefghijklmnopqrstuvwxyz", r"https:\/\/me:pass@example.org\/"),
+]
+NO_SECRETS = [
+    *('"loss_per_token": 3.4567890123456789e-05,', '"pad_token": "<pad>"', "OPENAI_API_KEY=your-key", "token: null"),
+    *('"cls_token": "model-00001-of-00003.safetensors"', "global-average-pooling-of-images", "?page=2&sort=up"),
+    *("a Basic understanding of things", '"tokens_per_token": 12345678901234567890'),
+]
+
+
+@pytest.mark.parametrize(("texts", "named"), [(HOMES, True), (NO_HOMES, False)])
+def test_homes_are_found_in_every_spelling(texts, named):
+    assert [text for text in texts if _names_home(text) is not named] == []
+
+
+@pytest.mark.parametrize(("texts", "secret"), [(SECRETS, True), (ASSIGNED, True), (NO_SECRETS, False)])
+def test_secrets_are_found_by_their_form_and_their_names(texts, secret):
+    assert [text for text in texts if holds_secret(f"see {text} there") is not secret] == []
+
+
+def test_secrets_in_messages_are_masked():
+    assert [text for text in SECRETS if "***" not in scrub(text)] == []
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "AZURE_STORAGE_KEY", "MY_TOKEN", "DB_PASSWORD", "client_secret"])
+def test_values_of_secret_variables_are_found(monkeypatch, name):
+    monkeypatch.setenv(name, "correct horse/battery")
+    assert holds_secret("it is correct horse/battery.")
+    assert holds_secret(r"it is correct horse\/battery.")
+    assert scrub("it is correct horse/battery.") == "it is ***."
+    monkeypatch.setenv(name, "short")
+    assert not holds_secret("a short text")
+
+
+@pytest.mark.parametrize(
+    "piece", ["/", "-/", "\\", "%25", "eyJ", "-----BEGIN ", "token=a", " ~a", "://", "/home ", "sk-"]
+)
+def test_the_search_for_private_text_takes_linear_time(piece):
+    start = time.process_time()
+    holds_secret(piece * 50_000)
+    _names_home(piece * 50_000)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            write("training_args.yaml", 'x: "\\/home\\/alice\\/secret"\n'),
+            "training_args.yaml: it contains the path of a home",
+        ),
+        (write("README.md", "see /data/home/alice/notes\n"), "README.md: it contains the path of a home"),
+        (write("README.md", "AKIAIOSFODNN7EXAMPLE\n"), "README.md: it contains a token, key or password"),
+        (
+            lambda folder: edit_json(folder / "tokenizer.json", {"note": "/home/alice"}),
+            "tokenizer.json: it contains the path of a home",
+        ),
+    ],
+)
+def test_private_text_is_refused(run, checkpoint, change, problem):
+    change(checkpoint)
+    code, _, errors = dry_run(run, checkpoint)
+    assert code == 1
+    assert problem in only_line(errors)
+
+
+def png(folder, text=None, compressed=False, behind=b""):
+    info = PngInfo()
+    info.add_text("Comment", text or "a plot", zip=compressed)
+    Image.new("RGB", (8, 8)).save(folder / "loss.png", pnginfo=info)
+    with (folder / "loss.png").open("ab") as file:
+        file.write(behind)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({}, None),
+        ({"text": "/home/alice/plot.py"}, "loss.png: it contains the path of a home directory"),
+        ({"text": TOKEN}, "loss.png: it contains a token"),
+        ({"text": TOKEN, "compressed": True}, "loss.png: this PNG image is damaged, or holds more than a plot"),
+        ({"behind": b"PK"}, "loss.png: this PNG image is damaged, or holds more than a plot"),
+    ],
+)
+def test_what_an_image_says_is_checked(run, checkpoint, settings, problem):
+    png(checkpoint, **settings)
+    code, _, errors = dry_run(run, checkpoint)
+    assert code == (problem is not None)
+    assert errors == [] if problem is None else problem in only_line(errors)
+
+
+def edit_json(path, fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_the_current_token_is_found_whatever_its_form(run, checkpoint, monkeypatch):

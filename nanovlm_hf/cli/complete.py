@@ -14,6 +14,7 @@ import typer
 from typer.exceptions import Exit
 
 from ..errors import UsageError, printable, warn
+from . import options
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def complete(
         list[Path] | None,
         typer.Argument(help="Image files, or folders of images.", show_default="a sample portrait"),
     ] = None,
-    prefix: Annotated[str, typer.Option(help="Beginning of the sentence; may be empty.")] = "",
+    prefix: Annotated[str, typer.Option(callback=options.utf8, help="Beginning of the sentence; may be empty.")] = "",
     model: Annotated[str, typer.Option(help="Released checkpoint, local folder or Hub id.")] = "mini-short",
     max_new_tokens: Annotated[
         int | None,
@@ -103,14 +104,14 @@ def complete(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines.")] = False,
 ) -> None:
     """Complete a sentence about each image."""
-    options = GenerationOptions(max_new_tokens, num_beams, temperature, num_return_sequences, seed, blind)
+    settings = GenerationOptions(max_new_tokens, num_beams, temperature, num_return_sequences, seed, blind)
     if "<image>" in prefix:
         raise UsageError("--prefix: <image> stands for the image and must not be part of the text")
 
     from ..completion_files import skipped_files
 
     paths = images or [_sample_image()]
-    results = _results(model, paths, prefix, options)
+    results = _results(model, paths, prefix, settings)
     for line in skipped_files(paths):
         warn(line)
     if as_json and hasattr(sys.stdout, "reconfigure"):
@@ -130,21 +131,21 @@ def complete(
         raise Exit(FAILURE)
 
 
-def _results(model: str, paths: list[Path], prefix: str, options: GenerationOptions) -> Iterator[Completion]:
+def _results(model: str, paths: list[Path], prefix: str, settings: GenerationOptions) -> Iterator[Completion]:
     """Complete with onnxruntime if the model is an exported folder, without importing PyTorch; else with PyTorch."""
     from ..export.runtime import OnnxModel, complete_files, is_exported
 
     if is_exported(Path(model)):
-        if (options.num_beams or 1) > 1 or options.temperature > 0:
+        if (settings.num_beams or 1) > 1 or settings.temperature > 0:
             raise UsageError("--num-beams, --temperature: an exported model decodes greedily: name the checkpoint")
-        return complete_files(OnnxModel(Path(model)), paths, prefix, options.max_new_tokens, options.blind)
+        return complete_files(OnnxModel(Path(model)), paths, prefix, settings.max_new_tokens, settings.blind)
 
     from .. import completion
     from ..loading import load_model
 
     quiet()
     loaded, processor = load_model(model)
-    return completion.complete(loaded, processor, paths, prefix, **options.arguments())
+    return completion.complete(loaded, processor, paths, prefix, **settings.arguments())
 
 
 def _print_texts(result: Completion, labelled: bool) -> None:

@@ -101,7 +101,9 @@ class DescribeOptions:
 def describe(
     captions: options.ManyCaptions,
     out: Annotated[Path, typer.Option(help="Output folder: replies, descriptions.jsonl, rejected.jsonl, report.json.")],
-    variant: Annotated[str, typer.Option(help=f"Variant to write: {', '.join(VARIANTS)} or all.")] = "all",
+    variant: Annotated[
+        str, typer.Option(callback=options.utf8, help=f"Variant to write: {', '.join(VARIANTS)} or all.")
+    ] = "all",
     model: options.ChatModel = "gpt-4o",
     base_url: options.BaseUrl = None,
     prompt_short: Annotated[

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError, scrub, warn
 from ..extras import require
+from . import options
 from .data_output import read_about
 
 
@@ -16,7 +17,9 @@ def push(
     dataset: Annotated[Path, typer.Option(help="Folder of a dataset written by `nanovlm data build`.")],
     namespace: Annotated[
         str | None,
-        typer.Option(help="User or organization on the Hub.", show_default="required without --to-folder"),
+        typer.Option(
+            callback=options.utf8, help="User or organization on the Hub.", show_default="required without --to-folder"
+        ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repositories private.")] = False,
     to_folder: Annotated[
@@ -25,7 +28,11 @@ def push(
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option(help="Licence of the descriptions, by its Hub identifier.", show_default="the dataset's own"),
+        typer.Option(
+            callback=options.utf8,
+            help="Licence of the descriptions, by its Hub identifier.",
+            show_default="the dataset's own",
+        ),
     ] = None,
     about: Annotated[
         Path | None,

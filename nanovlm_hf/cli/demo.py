@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..extras import require
+from . import options
 from .quiet import quiet
 
 
@@ -18,6 +19,7 @@ def demo(
     push: Annotated[
         str | None,
         typer.Option(
+            callback=options.utf8,
             help="Publish the page on the Hub as this Space (namespace/name) instead of starting it.",
             show_default="none",
         ),

@@ -45,7 +45,7 @@ def evaluate(
     ] = None,
     variant: options.Variant = "short",
     out: Annotated[Path | None, typer.Option(help="Output folder of the report.", show_default="required")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset to evaluate on.")] = "test",
+    split: Annotated[str, typer.Option(callback=options.utf8, help="Split of the dataset to evaluate on.")] = "test",
     items: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +74,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder of out-of-domain images, reported separately.", show_default="none"),
     ] = None,
-    prefix: Annotated[str, typer.Option(help="Prefix for the out-of-domain images.")] = "There is a",
+    prefix: Annotated[
+        str, typer.Option(callback=options.utf8, help="Prefix for the out-of-domain images.")
+    ] = "There is a",
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also evaluate BLIP, GIT, Kosmos-2 and SmolVLM.")
     ] = False,
@@ -83,7 +85,11 @@ def evaluate(
     ] = 1000,
     judge: Annotated[
         str | None,
-        typer.Option(help="Chat model that grades the completions; the paper used gpt-4o.", show_default="none"),
+        typer.Option(
+            callback=options.utf8,
+            help="Chat model that grades the completions; the paper used gpt-4o.",
+            show_default="none",
+        ),
     ] = None,
     judge_sees_image: Annotated[
         bool, typer.Option("--judge-sees-image", help="Show the judge the images as well (beyond the paper).")

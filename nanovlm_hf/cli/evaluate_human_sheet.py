@@ -20,7 +20,7 @@ def human_sheet(
         typer.Option(help="Dataset with the images, to show them in the form.", show_default="texts only"),
     ] = None,
     variant: options.Variant = "short",
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    split: Annotated[str, typer.Option(callback=options.utf8, help="Split of the dataset.")] = "test",
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of items, each with every model's text.")] = 25,
     seed: Annotated[int, typer.Option(help="Seed for the order of the texts.")] = 0,
 ) -> None:

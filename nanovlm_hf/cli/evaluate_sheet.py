@@ -22,7 +22,7 @@ def sheet(
         ),
     ] = None,
     variant: options.Variant = "short",
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    split: Annotated[str, typer.Option(callback=options.utf8, help="Split of the dataset.")] = "test",
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of items, each with every model's text.")] = 25,
     calibration: Annotated[
         bool,

@@ -28,11 +28,28 @@ def _finite(context: typer.Context, option: typer.CallbackParam, value: float | 
     return value
 
 
-Variant = Annotated[str, typer.Option(help=f"Variant of the dataset: {' or '.join(VARIANTS)}.")]
-ChatModel = Annotated[str, typer.Option(help="Name of the chat model at the endpoint.")]
+def utf8(option: typer.CallbackParam, value: str | None) -> str | None:
+    """Return the value of an option for text.
+
+    Raises:
+        UsageError: if it is not UTF-8; Python reads such bytes as lone surrogates, which tokenizers and JSON refuse.
+    """
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{option.opts[0]}: it is not UTF-8 text: check the encoding of the terminal or script"
+        ) from None
+    return value
+
+
+Variant = Annotated[str, typer.Option(callback=utf8, help=f"Variant of the dataset: {' or '.join(VARIANTS)}.")]
+ChatModel = Annotated[str, typer.Option(callback=utf8, help="Name of the chat model at the endpoint.")]
 BaseUrl = Annotated[
     str | None,
-    typer.Option(help="Base URL of an OpenAI-compatible API.", show_default="OPENAI_BASE_URL, or OpenAI's"),
+    typer.Option(
+        callback=utf8, help="Base URL of an OpenAI-compatible API.", show_default="OPENAI_BASE_URL, or OpenAI's"
+    ),
 ]
 Temperature = Annotated[
     float | None,
@@ -81,7 +98,9 @@ WrittenFrom = Annotated[
 Original = Annotated[
     bool, typer.Option("--original", help="Keep the original image files instead of resizing them to 224 x 224.")
 ]
-License = Annotated[str, typer.Option(help="Licence of the descriptions, by its Hub identifier (cc-by-4.0, mit, ...).")]
+License = Annotated[
+    str, typer.Option(callback=utf8, help="Licence of the descriptions, by its Hub identifier (cc-by-4.0, mit, ...).")
+]
 About = Annotated[
     Path | None,
     typer.Option(help="Markdown file for the card: the origin of the texts and images.", show_default="none"),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..extras import require
+from . import options
 from .quiet import quiet
 
 
@@ -14,7 +15,9 @@ def push(
     checkpoint: Annotated[
         str, typer.Argument(help="Released checkpoint, or a local folder with its model card and metrics.")
     ],
-    repo_id: Annotated[str, typer.Argument(help="Model repository on the Hub, as namespace/name.")],
+    repo_id: Annotated[
+        str, typer.Argument(callback=options.utf8, help="Model repository on the Hub, as namespace/name.")
+    ],
     without_code: Annotated[
         bool, typer.Option("--without-code", help="Leave out the code that loads the model without this package.")
     ] = False,

@@ -9,13 +9,17 @@ import typer
 
 from ..errors import UsageError
 from ..extras import require
+from . import options
 from .quiet import quiet
 
 
 def serve(
     model: Annotated[str, typer.Argument(help="Released checkpoint, local folder or Hub id.")] = "mini-short",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, without a password.")
+        str,
+        typer.Option(
+            callback=options.utf8, help="Address to listen on; 0.0.0.0 lets other machines in, without a password."
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:

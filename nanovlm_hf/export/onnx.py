@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -24,10 +23,11 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import InputError
-from ..files import atomic_write, read_json
+from ..files import atomic_write, read_text
 from ..generation_nanovlm import greedy_settings
 from ..loading import load_model
-from .runtime import graph_path
+from ..untrusted_files import read_object
+from .runtime import DTYPES, GRAPHS, graph_path
 
 if TYPE_CHECKING:
     import onnx
@@ -113,7 +113,7 @@ def export_onnx(checkpoint: str, out: Path, dtype: str = "fp16") -> dict[str, An
 
     model, processor, sizes = write_onnx(checkpoint, out, dtype)
     report = {"dtype": dtype, "bytes": sizes, **compare_with_pytorch(model, processor, out, dtype)}
-    with atomic_write(out / "onnx" / f"export_{dtype}.json") as file:
+    with atomic_write(_report_path(out, dtype)) as file:
         file.write(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -138,15 +138,13 @@ def write_onnx(
     model.set_attn_implementation("eager")
     (out / "onnx").mkdir(parents=True, exist_ok=True)
     digest = weights_digest(model)
-    if _is_export(out) and read_json(out / "config.json").get("weights_sha256") != digest:
+    if _is_export(out) and read_object(out, "config.json").get("weights_sha256") != digest:
         _remove_graphs(out)
     write_configuration(model, processor, out, digest)
     sizes = {}
     for name, graph in export_graphs(model):
         path = graph_path(out, name, dtype)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(as_dtype(graph, dtype).SerializeToString())
-        partial.replace(path)
+        _write_graph(path, as_dtype(graph, dtype).SerializeToString())
         sizes[path.name] = path.stat().st_size
     return model, processor, sizes
 
@@ -162,18 +160,37 @@ def weights_digest(model: NanoVLMForConditionalGeneration) -> str:
 
 def _remove_graphs(out: Path) -> None:
     """Remove the graphs of other weights, before a configuration is written that does not belong to them."""
-    for path in (*out.glob("onnx/*.onnx"), *out.glob("onnx/export_*.json")):
-        path.unlink()
+    for dtype in DTYPES:
+        for path in (*(graph_path(out, name, dtype) for name in GRAPHS), _report_path(out, dtype)):
+            path.unlink(missing_ok=True)
+
+
+def _report_path(out: Path, dtype: str) -> Path:
+    return out / "onnx" / f"export_{dtype}.json"
+
+
+def _write_graph(path: Path, content: bytes) -> None:
+    """Write a graph under another name that then replaces `path`, so that links to other files are never followed."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        file.write(content)
+    partial.replace(path)
 
 
 def refuse_other_contents(out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier export.
+    """Refuse a folder that holds anything but an earlier export, or links in place of its files.
 
     Raises:
         InputError: naming the folder and what is in the way.
     """
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: it is a file: name a folder")
+    for path in (*out.glob("*"), *out.glob("onnx/*")):
+        if path.is_symlink():
+            raise InputError(f"--out {out}: {path.relative_to(out)} is a link, which is not followed: remove it")
+    if (out / "onnx").exists() and not (out / "onnx").is_dir():
+        raise InputError(f"--out {out}: onnx is a file: name an empty folder")
     others = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if others and not _is_export(out):
         raise InputError(f"--out {out}: it holds {others[0]} and no earlier export: name an empty folder")
@@ -182,8 +199,7 @@ def refuse_other_contents(out: Path) -> None:
 def _is_export(folder: Path) -> bool:
     """Return whether a folder has the configuration of `write_configuration`, and so no checkpoint's."""
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else None
-    return isinstance(config, dict) and config.get("exported_by") == EXPORTER
+    return path.is_file() and read_object(folder, path.name).get("exported_by") == EXPORTER
 
 
 def export_graphs(model: NanoVLMForConditionalGeneration) -> Iterator[tuple[str, onnx.ModelProto]]:
@@ -353,7 +369,8 @@ def write_configuration(
         decoding.update(**greedy_settings(decoding))
         decoding.save_pretrained(saved)
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            shutil.copyfile(saved / file, out / file)
+            with atomic_write(out / file) as target:  # a copy would be written through a link
+                target.write(read_text(saved / file))
     preprocessor = json.loads(processor.image_processor.to_json_string())
     preprocessor["image_processor_type"] = "ViTImageProcessor"
     preprocessor.pop("processor_class", None)

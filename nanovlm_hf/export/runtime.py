@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt
 
-from ..completion_files import DEFAULT_NEW_TOKENS, Completion, find_images
+from ..completion_files import DEFAULT_NEW_TOKENS, Completion, find_images, refuse_special_tokens
 from ..errors import InputError, UsageError, completion_line, first_line
 from ..files import validate
 from ..images import open_image_file
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 DTYPES = ("fp16", "fp32", "int8")  # in the order in which a folder is searched
-IMAGE_TOKEN = "<image>"
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -158,7 +157,8 @@ class OnnxModel:
             max_new_tokens: limit; by default that of `generation_config.json`, or what the positions leave.
 
         Raises:
-            InputError: if the prefix holds `<image>` or does not fit the positions.
+            UsageError: if the prefix holds a special token, such as `<image>` or `<eos>`.
+            InputError: if it does not fit the positions.
         """
         tokens = self._prompt(prefix)
         tokens += self.generate(self.encode(image), tokens, max_new_tokens)
@@ -168,9 +168,13 @@ class OnnxModel:
         """Return the text of a prompt and its completion, as one line."""
         return completion_line(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def check_prefix(self, prefix: str) -> None:
+        """Raise a UsageError for a prefix with a special token, such as `<image>` or `<eos>`."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        refuse_special_tokens(prefix, [token.content for token in added if token.special])
+
     def _prompt(self, prefix: str) -> list[int]:
-        if IMAGE_TOKEN in prefix:
-            raise InputError(f"prefix: {IMAGE_TOKEN} stands for the image and may not be part of the text")
+        self.check_prefix(prefix)
         ids = self.tokenizer.encode(prefix.strip(), add_special_tokens=False).ids
         return [self.image_token_id] * self.image_tokens + ids
 
@@ -266,6 +270,7 @@ def complete_files(
         InputError: as `OnnxModel.complete`.
     """
     size = (model.preprocessor.size.width, model.preprocessor.size.height)
+    model.check_prefix(prefix)
     blank = [model.complete(model.blank_image(), prefix, max_new_tokens)] if blind else None
     for one in find_images(images):
         if one.error is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..errors import InputError, holds_secret, scrub
+from ..errors import InputError, decodings, holds_secret, scrub
 from ..files import read_text
 
 # Files that `save_pretrained`, training and the card write. No others are published, as folders of runs also hold
@@ -23,9 +24,20 @@ NAMES = frozenset(
     )
 )
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_HOME = re.compile(r"(?<![\w.])(?:/root\b|/(?:home|Users)/[\w.-]|[A-Za-z]:\\+Users\\+[\w.-])")
+# Applied to text whose separators are all "/". Folders may come before `home`; a relative path is that of no home.
+_HOME = re.compile(
+    r"""(?:(?<![\w.<])|(?<=\.\.))/(?:
+    (?:private/)?(?:var/)?root\b
+    | (?:[^\s/"'<>]{1,80}/){0,8}(?:homes?[-_]?\d*|users|documents\ and\ settings)/[\w.-]
+    )
+    |(?:^|[\s"'=:(])~[a-z_][\w.-]{0,80}/ | ["'=]~[a-z_][\w.-]{0,80}["'] | [=:]\ ?~[a-z_][\w.-]{0,80}\s*$""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+_SEPARATORS = re.compile(r"[\\/]+(?:\.[\\/]+)*")
+_WEB_ADDRESS = re.compile(r"\bhttps?:/[^\s\"'<>)?#]+", re.IGNORECASE)
 # A vocabulary may hold any piece of text, such as the beginning of a path.
-_VOCABULARIES = frozenset(("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"))
+VOCABULARIES = frozenset(("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"))
+PNG_PARTS = (b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tEXt", b"IDAT", b"IEND")
 MAX_TEXT = 50_000_000  # bytes of a text file
 SHOWN = 10  # names in a message
 
@@ -87,17 +99,39 @@ def _may_link_to(folder: Path, target: Path) -> bool:
 def _check_private(shown: Path, path: Path) -> None:
     name = shown.name
     if name == "loss.png":
-        with path.open("rb") as file:
-            if file.read(8) != b"\x89PNG\r\n\x1a\n":
-                raise InputError(f"{shown}: not a PNG image: remove it, or plot it again")
-        return
-    text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
+        text = _png_text(shown, path)
+    else:
+        text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
     token = get_token()
     if holds_secret(text) or (token is not None and len(token) >= 8 and token in text):
         raise InputError(f"{shown}: it contains a token, key or password: remove it before publishing")
-    home = str(Path.home())
-    if name not in _VOCABULARIES and (_HOME.search(text) or (home.count("/") > 1 and f"{home}/" in text)):
+    if name == "tokenizer.json":
+        text = _without_vocabulary(text)
+    elif name in VOCABULARIES:
+        return
+    if _names_home(text):
         raise InputError(f"{shown}: it contains the path of a home directory: remove it before publishing")
+
+
+def _names_home(text: str) -> bool:
+    """Return whether a text, as it is or with its escapes decoded, contains the path of a home directory."""
+    home = str(Path.home())
+    own = re.compile(re.escape(home) + r"(?![\w-])")
+    for form in decodings(text):
+        path = _WEB_ADDRESS.sub(" ", _SEPARATORS.sub("/", form))
+        if _HOME.search(path) or (home.count("/") > 1 and own.search(path)):
+            return True
+    return False
+
+
+def _without_vocabulary(text: str) -> str:
+    """Return the JSON of a tokenizer without its tokens, or the text if it is not such a file."""
+    try:
+        content = json.loads(text)
+        del content["model"], content["added_tokens"]
+        return json.dumps(content)
+    except (ValueError, TypeError, KeyError, RecursionError):  # loading refuses such a file
+        return ""
 
 
 def _text(shown: Path, path: Path) -> str:
@@ -107,6 +141,30 @@ def _text(shown: Path, path: Path) -> str:
         return read_text(path)
     except InputError as error:
         raise InputError(str(error).replace(str(path), str(shown))) from None
+
+
+def _png_text(shown: Path, path: Path) -> str:
+    """Return what a PNG image says besides its pixels.
+
+    Raises:
+        InputError: if it is no such image, or has more parts than a plot, such as compressed text or another file
+            behind its end.
+    """
+    content = path.read_bytes() if path.stat().st_size <= MAX_TEXT else b""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise InputError(f"{shown}: not a PNG image: remove it, or plot it again")
+    start, texts, kind = 8, [], b""
+    while kind != b"IEND" and start + 12 <= len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # length, kind, data, checksum
+        kind = content[start + 4 : start + 8]
+        if kind not in PNG_PARTS:
+            break
+        if kind == b"tEXt":
+            texts.append(content[start + 8 : end - 4].decode("latin-1"))
+        start = end
+    if kind != b"IEND" or start != len(content):
+        raise InputError(f"{shown}: this PNG image is damaged, or holds more than a plot: remove it, or plot it again")
+    return "\n".join(texts)
 
 
 def _header(path: Path) -> str:
