@@ -40,11 +40,22 @@ def text_of(content: Any) -> str:
     return "".join(texts)
 
 
+def _refusal_in(message: Any) -> Any:
+    """Return a message with the refusals among the parts of its content in its field `refusal`."""
+    if not isinstance(message, dict) or message.get("refusal") or not isinstance(message.get("content"), list):
+        return message
+    parts = (part for part in message["content"] if isinstance(part, dict) and part.get("type") == "refusal")
+    words = [part.get("refusal") or part.get("text") for part in parts]
+    refusal = "".join(text for text in words if isinstance(text, str)) or "refused"
+    return message | {"refusal": refusal} if words else message
+
+
 def _name(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _count(value: Any) -> int | None:
+def read_count(value: Any) -> int | None:
+    """Return a number that some endpoints send as a text, or None if it is not one between 0 and `MAX_TOKENS`."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_TOKENS:  # or NaN
@@ -53,7 +64,7 @@ def _count(value: Any) -> int | None:
 
 
 _Name = Annotated[str | None, BeforeValidator(_name)]
-_Count = Annotated[int | None, BeforeValidator(_count)]
+_Count = Annotated[int | None, BeforeValidator(read_count)]
 
 
 class Usage(BaseModel):
@@ -67,6 +78,11 @@ class Usage(BaseModel):
 _Usage = Annotated[Usage, BeforeValidator(lambda value: value if isinstance(value, (dict, Usage)) else {})]
 
 
+def _counts_of(usage: Any) -> dict[str, Any]:
+    names = ("prompt_tokens", "completion_tokens")
+    return {name: usage.get(name) for name in names} if isinstance(usage, dict) else {}
+
+
 class Reply(BaseModel):
     """A reply as it is stored. Fields other than the text are None if the endpoint sent another type."""
 
@@ -76,6 +92,19 @@ class Reply(BaseModel):
     usage: _Usage = Field(default_factory=Usage)
     model: _Name = None
     id: _Name = None
+
+
+class UnreadableReplyError(InputError):
+    """A reply that was served, and is perhaps paid for, but cannot be read.
+
+    Args:
+        message: for the user.
+        usage: what the endpoint reported.
+    """
+
+    def __init__(self, message: str, usage: Usage | None = None):
+        super().__init__(message)
+        self.usage = usage or Usage()
 
 
 def all_thinking(reply: dict[str, Any]) -> bool:
@@ -91,7 +120,7 @@ class _Message(BaseModel):
 
 
 class _Choice(BaseModel):
-    message: _Message
+    message: Annotated[_Message, BeforeValidator(_refusal_in)]
     finish_reason: _Name = None
 
 
@@ -111,11 +140,15 @@ def read_completion(content: Any) -> Reply:
 
     Raises:
         ApiError: if the content is an error, sent with status 200.
-        InputError: if it is neither.
+        UnreadableReplyError: if it is neither.
     """
     if isinstance(content, dict) and (error := _error_in(content)) is not None:
         raise parse_error_body(None, error)
-    completion = validate(content, _Completion, "a reply that cannot be read")
+    try:
+        completion = validate(content, _Completion, "a reply that cannot be read")
+    except InputError as error:
+        usage = content.get("usage") if isinstance(content, dict) else None
+        raise UnreadableReplyError(str(error), Usage(**_counts_of(usage))) from None
     choice = completion.choices[0]
     return Reply(
         text=choice.message.content,
@@ -132,7 +165,7 @@ def read_answer(status: int, content: bytes, headers: Mapping[str, str]) -> Repl
 
     Raises:
         ApiError: if the response is an error.
-        InputError: if it cannot be parsed.
+        UnreadableReplyError: if it cannot be parsed.
     """
     if not 200 <= status < 300:
         raise parse_error_response(status, content, headers)
@@ -141,7 +174,7 @@ def read_answer(status: int, content: bytes, headers: Mapping[str, str]) -> Repl
         body = parse_json(text, "a reply that cannot be read")
     except InputError:
         shown = scrub(plain_text(text), MAX_SHOWN) or "it is empty"
-        raise InputError(f"a reply that cannot be read ({shown})") from None
+        raise UnreadableReplyError(f"a reply that cannot be read ({shown})") from None
     try:
         return read_completion(body)
     except ApiError as error:

@@ -2,7 +2,7 @@
 
 A file of requests is a job in the folder `batch`. The next run fetches the replies of a job that an earlier run has
 sent; if that run was killed before it noted the id of the batch, the batch is found at the endpoint by the hash of the
-file.
+file. A job that was never sent is removed: what is still wanted of it, and within the limits of this run, is a new job.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from ..errors import InputError, Interrupt, scrub
 from ..files import parse_json
-from .answers import Reply, all_thinking, read_completion
+from .answers import Reply, UnreadableReplyError, all_thinking, read_completion, read_count
 from .api_errors import MAX_SHOWN, ApiError, parse_error_body
-from .batch_api import ENDED, Batch, BatchApi
+from .batch_api import Batch, BatchApi
 from .batch_jobs import JobFolder
 from .client import ALL_THINKING, Outcome, spent, thinking_problem
 from .endpoint import Endpoint, EndpointError
@@ -29,7 +29,8 @@ from .replies import ChatRequest, ReplyStore
 from .transport import MAX_LINE, lines_of
 
 REQUESTS_PER_JOB = 20_000  # OpenAI takes 50,000 requests and 200 MB
-BYTES_PER_REPLY = 2**18  # maximum average; larger output files are truncated
+BYTES_PER_REPLY = 2**18  # maximum average; larger output files are an error
+ODD_POLLS = 20  # of a batch with an unknown status, or whose paid replies have no file yet
 
 
 def ask_all_in_batches(
@@ -83,12 +84,13 @@ class _Batches:
         self.jobs = JobFolder(store.path.parent / "batch")
         self.outcome = Outcome()
         self.refusals = Refusals(endpoint, store)
+        self.lost: set[str] = set()  # ids of batches whose replies cannot be fetched, and whose notes the user removed
         self.thinking, self.replies = 0, 0
 
     def run(self, requests: Iterable[ChatRequest]) -> None:
         known = {request.key: request for request in requests}
         for path in self.jobs.unfetched():
-            self._fetch(path, known)
+            self._resume(path, known)
         unknown = set(self.endpoint.dialect.unknown)
         self._ask(known)
         if self.endpoint.dialect.unknown != unknown:  # send refused requests again without these parameters
@@ -103,13 +105,13 @@ class _Batches:
         while part := list(itertools.islice(missing, REQUESTS_PER_JOB)):
             affordable = self._affordable(part)
             if affordable:
-                sent.append(self.jobs.add(affordable, self.endpoint))
-                self._send(sent[-1])
+                path = self.jobs.add(affordable, self.endpoint)
+                sent.append((path, self._send(path)))
             if len(affordable) < len(part):
                 self.outcome.stopped = f"--max-cost {self.endpoint.max_cost:g} is reached"
                 break
-        for path in sent:
-            self._fetch(path, known)
+        for path, batch_id in sent:
+            self._fetch(path, batch_id, known)
 
     def _affordable(self, part: list[ChatRequest]) -> list[ChatRequest]:
         """Return the first requests whose maximum cost, with that of the pending jobs, stays within `max_cost`."""
@@ -127,25 +129,43 @@ class _Batches:
     def _max_cost(self, request: ChatRequest) -> float:
         return BATCH_DISCOUNT * self.endpoint.price.cost(*most_tokens(request.messages, request.parameters))
 
+    def _resume(self, path: Path, known: dict[str, ChatRequest]) -> None:
+        """Fetch the replies of a job of an earlier run; remove one that has no batch, or one whose replies are lost."""
+        self.jobs.requests(path)  # a damaged file is reported, not removed
+        noted = self.jobs.state(path).batch_id
+        if noted is not None:
+            self._fetch(path, noted, known)
+        elif (batch := self.api.find(*self._identity(path))) is None:
+            self.jobs.remove(path)
+        else:
+            self.jobs.note(path, batch_id=batch.id)
+            try:
+                self._fetch(path, batch.id, known)
+            except _LostError:  # its note was removed to send the requests again
+                self.lost.add(batch.id)
+                self.jobs.remove(path)
+
+    def _identity(self, path: Path) -> tuple[str, set[str]]:
+        """Return the hash of a job, and the ids of batches that are not its own though they may have the same hash."""
+        digest = hashlib.sha256(self.jobs.content(path)).hexdigest()[:32]
+        states = map(self.jobs.state, self.jobs.all())
+        return digest, self.lost | {state.batch_id for state in states if state.batch_id is not None}
+
     def _send(self, path: Path) -> str:
-        """Send a job unless it was sent before, and return the id of its batch."""
-        if (batch_id := self.jobs.state(path).batch_id) is not None:
-            return batch_id
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()[:32]
-        # The batch of another job with the same requests has failed: do not take its id for this job.
-        noted = {state.batch_id for state in map(self.jobs.state, self.jobs.all()) if state.batch_id is not None}
-        batch = self.api.find(digest, noted) or self.api.create(path.name, content, digest)
+        """Send a job, unless a killed run has done so, and return the id of its batch."""
+        digest, others = self._identity(path)
+        content = self.jobs.content(path)
+        batch = self.api.find(digest, others) or self.api.create(path.name, content, digest, others)
         self.jobs.note(path, batch_id=batch.id)
         count = content.count(b"\n")
         self.say(f"{path.name}: {count} requests were submitted to {self.endpoint.address} as {batch.id}")
         return batch.id
 
-    def _fetch(self, path: Path, known: dict[str, ChatRequest]) -> None:
+    def _fetch(self, path: Path, batch_id: str, known: dict[str, ChatRequest]) -> None:
         """Wait for the batch of a job, and store its replies."""
         sent = self.jobs.requests(path)
-        batch = self._wait(path, self._send(path))
-        if batch.status == "failed":
+        batch = self._wait(path, batch_id)
+        if batch.status == "failed" and batch.useless:
             self.jobs.note(path, fetched=True)
             reason = scrub(parse_error_body(400, _problems(batch)).message, MAX_SHOWN)
             raise EndpointError(f"{batch.id}: the endpoint refuses {path.name} ({reason})")
@@ -155,39 +175,60 @@ class _Batches:
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id is not None:
                 with tempfile.TemporaryFile(dir=self.jobs.path) as file:
-                    self.api.download(file_id, file, 16 * MAX_LINE + len(sent) * BYTES_PER_REPLY)
+                    found = self.api.download(file_id, file, 16 * MAX_LINE + len(sent) * BYTES_PER_REPLY)
                     file.seek(0)
-                    self._take_all(file, left, sent)
+                    lines = self._take_all(file, left, sent)
+                # Nothing in a file of errors is paid for.
+                if file_id == batch.output_file_id and not (found and (lines or not batch.answered)):
+                    state = "is empty" if found else "is no longer available"
+                    raise self._lost(path, f"the output file {file_id} of the batch {batch_id} {state}")
         for key in left.keys() & known.keys():
             self.outcome.unanswered.setdefault(key, f"in the batch: no reply ({batch.status})")
         self.jobs.note(path, fetched=True)
 
+    def _lost(self, path: Path, problem: str) -> _LostError:
+        return _LostError(f"{path.with_suffix('.json')}: {problem}: remove the file to send the requests again")
+
     def _wait(self, path: Path, batch_id: str) -> Batch:
-        status = None
+        """Return a batch when it has ended, with the file of its replies.
+
+        Raises:
+            _LostError: if the endpoint does not know it, or it has been in an unknown state for `ODD_POLLS` polls.
+        """
+        status, odd = None, 0
         while True:
             batch = self.api.retrieve(batch_id)
             if batch is None:
-                raise EndpointError(
-                    f"{path.with_suffix('.json')}: {self.endpoint.address} does not know the batch {batch_id}: remove "
-                    "the file to send the requests again"
-                )
+                raise self._lost(path, f"{self.endpoint.address} does not know the batch {batch_id}")
             if batch.status != status:
                 status = batch.status
                 self.say(f"{batch_id}: {status}")
-            if status in ENDED:
+            problem = batch.problem
+            if problem is None and batch.ended:
                 return batch
+            odd = odd + 1 if problem else 0
+            if odd >= ODD_POLLS:
+                shown = f"the batch {batch_id} {scrub(problem)}"
+                raise self._lost(path, f"{shown}: run again later, or if that does not help")
             time.sleep(self.poll_seconds)
 
-    def _take_all(self, file: BinaryIO, left: dict[str, ChatRequest], sent: dict[str, ChatRequest]) -> None:
-        """Store the replies and refusals in an output file, and remove their requests from `left`."""
+    def _take_all(self, file: BinaryIO, left: dict[str, ChatRequest], sent: dict[str, ChatRequest]) -> int:
+        """Store the replies and refusals in an output file, and remove their requests from `left`.
+
+        Returns:
+            The number of lines that belong to requests of the job.
+        """
+        lines = 0
         for line in lines_of(file):
             try:
                 row = parse_json(line.decode(errors="replace"), "a line")
                 request = left.get(row["custom_id"])
+                lines += row["custom_id"] in sent
             except (InputError, KeyError, TypeError):
                 continue  # its request has no reply
             if request is not None and self._take(row, request, sent[request.key].parameters):
                 del left[request.key]
+        return lines
 
     def _take(self, row: dict[str, Any], request: ChatRequest, sent: dict[str, Any]) -> bool:
         """Store the reply or refusal of a request; return whether there was one."""
@@ -200,7 +241,8 @@ class _Batches:
             self.outcome.unanswered.pop(request.key)
             self.refusals.add(request, error)
             return True
-        except InputError as error:
+        except UnreadableReplyError as error:
+            self.store.add_unread(request, str(error), error.usage, batch=True)
             self.outcome.unanswered[request.key] = f"in the batch: {scrub(str(error), MAX_SHOWN)}"
             return False
         self.store.add(request, fields | {"batch": True})
@@ -212,6 +254,10 @@ class _Batches:
         return True
 
 
+class _LostError(EndpointError):
+    """The replies of a batch cannot be fetched."""
+
+
 def _problems(batch: Batch) -> Any:
     return batch.errors.get("data") if isinstance(batch.errors, dict) else batch.errors
 
@@ -221,13 +267,12 @@ def _reply_of(row: dict[str, Any]) -> Reply:
 
     Raises:
         ApiError: if the line holds an error.
-        InputError: if it cannot be parsed.
+        UnreadableReplyError: if it cannot be parsed.
     """
     response = row.get("response")
     response = response if isinstance(response, dict) else {}
-    status, body = response.get("status_code"), response.get("body")
-    if status == 200:
+    status, body = read_count(response.get("status_code")), response.get("body")
+    is_completion = isinstance(body, dict) and body.get("choices")
+    if is_completion if status is None else 200 <= status < 300:
         return read_completion(body)
-    if row.get("error"):
-        raise parse_error_body(status if isinstance(status, int) else None, row["error"])
-    raise parse_error_body(status if isinstance(status, int) else None, body)
+    raise parse_error_body(status, row.get("error") or body)

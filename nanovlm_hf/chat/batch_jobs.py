@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, StrictBool
+from pydantic import BaseModel, StrictBool
 
 from ..errors import InputError
-from ..files import atomic_write, json_line, read_json, read_jsonl, validate
+from ..files import atomic_write, json_line, open_regular, read_json, read_jsonl, validate
+from .batch_api import BatchId
 from .endpoint import Endpoint
 from .prices import most_tokens
 from .replies import ChatRequest
 
 _NAME = re.compile(r"[0-9]{1,9}\.jsonl")
+_NUMBERED = re.compile(r"[0-9]{1,9}\.jsonl?")  # also a state whose job was removed
 
 
 class JobState(BaseModel):
@@ -27,7 +29,7 @@ class JobState(BaseModel):
         fetched: whether the replies are in the store.
     """
 
-    batch_id: str | None = Field(default=None, pattern=r"^[\w.:-]{1,200}$")
+    batch_id: BatchId | None = None
     fetched: StrictBool = False
 
 
@@ -54,7 +56,7 @@ class JobFolder:
 
     def add(self, requests: Iterable[ChatRequest], endpoint: Endpoint) -> Path:
         """Write the request file of a new job."""
-        number = 1 + max((int(path.stem) for path in self.all()), default=0)
+        number = 1 + max((int(path.stem) for path in self.path.iterdir() if _NUMBERED.fullmatch(path.name)), default=0)
         path = self.path / f"{number:05d}.jsonl"
         with atomic_write(path) as file:
             for request in requests:
@@ -63,6 +65,20 @@ class JobFolder:
                 line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
                 file.write(json_line(line))
         return path
+
+    def remove(self, path: Path) -> None:
+        """Remove a job, its state first: a kill in between must not leave that to the next job of this number."""
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+    def content(self, path: Path) -> bytes:
+        """Return the content of a request file.
+
+        Raises:
+            InputError: if it cannot be read.
+        """
+        with open_regular(path) as file:
+            return file.read()
 
     def requests(self, path: Path) -> dict[str, ChatRequest]:
         """Return the requests of a job by their keys.

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import httpx2
 import openai
 
 from ..errors import InputError, Interrupt, Terminated, first_line, scrub
-from .answers import Reply, all_thinking, read_answer
+from .answers import Reply, UnreadableReplyError, Usage, all_thinking, read_answer
 from .api_errors import MAX_SHOWN, ApiError
 from .endpoint import Endpoint, EndpointError
 from .prices import Price, most_tokens
@@ -32,6 +33,7 @@ RATE_LIMIT_PATIENCE = 900.0  # seconds that a request waits on the endpoint's in
 GIVE_UP_AFTER = 5  # consecutive requests without any response, after which the endpoint counts as down
 LAST_REPLIES = 30.0  # seconds granted to requests in flight when the run ends early; at most the timeout
 LAST_REPLIES_INTERRUPTED = 10.0  # seconds granted to requests in flight after Ctrl-C or SIGTERM
+UNREADABLE_TRIES = 2  # a reply that cannot be read is perhaps paid for
 ALL_THINKING = 20  # end the run if so many first replies reach the token limit before their text begins
 
 
@@ -180,9 +182,7 @@ class _Run:
     async def _may_send(self, most: float) -> bool:
         """Wait until a request is certainly affordable and can be answered; return whether to send it."""
         while not self.ending.is_set() and self.outcome.stopped is None:
-            affordable = self.endpoint.max_cost is None or (
-                spent(self.endpoint.price, self.store) + self.reserved + most <= self.endpoint.max_cost
-            )
+            affordable = self._affordable(most)
             if affordable and not self.refusals.all_refused:
                 self.reserved += most
                 self.in_flight += 1
@@ -198,8 +198,14 @@ class _Run:
             await self.settled.wait()
         return False
 
+    def _affordable(self, more: float) -> bool:
+        """Return whether this maximum cost in US dollars may be added to that of the requests in flight."""
+        if self.endpoint.max_cost is None:
+            return True
+        return spent(self.endpoint.price, self.store) + self.reserved + more <= self.endpoint.max_cost
+
     async def _ask(self, client: openai.AsyncOpenAI, request: ChatRequest) -> Reply | None:
-        problem, attempts, began = "", 0, time.monotonic()
+        problem, attempts, unreadable, began = "", 0, 0, time.monotonic()
         while True:
             await self._sleep(self.resume_at - time.monotonic())
             if self.ending.is_set():
@@ -210,6 +216,7 @@ class _Run:
             attempts += 1
             parameters = self.endpoint.dialect.translate(request.parameters)
             body = {"model": self.endpoint.model, "messages": request.messages} | parameters
+            usage = None  # of an attempt that is perhaps paid for
             try:
                 async with asyncio.timeout(self.endpoint.timeout):
                     return await _post(client, body)
@@ -237,10 +244,18 @@ class _Run:
                         attempts -= 1
                         pause = random.uniform(0.0, 0.5)  # spread the requests afterwards
             except TimeoutError:
-                problem = f"no reply in {self.endpoint.timeout:g} s"
+                problem, usage = f"no reply in {self.endpoint.timeout:g} s", Usage()
+            except asyncio.CancelledError:
+                self.store.add_unread(request, "the run ended before the reply")
+                raise
+            except UnreadableReplyError as error:
+                problem, usage = scrub(str(error), MAX_SHOWN), error.usage
+                unreadable += 1
             except InputError as error:
                 problem = scrub(str(error), MAX_SHOWN)
-            if attempts >= self.endpoint.tries:
+            if usage is not None:
+                self.store.add_unread(request, problem, usage)
+            if attempts >= self.endpoint.tries or unreadable >= UNREADABLE_TRIES or not self._affordable(0.0):
                 break
             self.outcome.retries += 1
             await self._sleep(pause)
@@ -267,7 +282,8 @@ async def _post(client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
 
     Raises:
         ApiError: if the endpoint rejects the request.
-        InputError: if it cannot be reached, or its response cannot be parsed.
+        UnreadableReplyError: if the request was perhaps served, but its response did not arrive or cannot be parsed.
+        InputError: if the endpoint cannot be reached.
     """
     try:
         # Like `client.chat.completions.create` without its traversal of every field, a fifth of a request's time.
@@ -275,9 +291,12 @@ async def _post(client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
     except openai.APIStatusError as error:
         response = error.response
     except openai.APIConnectionError as error:
-        raise InputError(first_line(error.__cause__ or error)) from None
+        cause = error.__cause__ or error
+        # Not `httpx2.ConnectTimeout`, which also stands for a connection that was dropped after the request.
+        unreached = isinstance(cause.__cause__, aiohttp.ClientConnectorError)
+        raise (InputError if unreached else UnreadableReplyError)(first_line(cause)) from None
     except Exception as error:  # whatever error a server can trigger in an HTTP library
-        raise InputError(f"a reply that cannot be read ({first_line(error)})") from None
+        raise UnreadableReplyError(f"a reply that cannot be read ({first_line(error)})") from None
     return read_answer(response.status_code, response.content, response.headers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import json_line, parse_json, without_surrogates
+from ..files import json_line, open_regular, parse_json, without_surrogates
 
 
 class Journal:
@@ -20,14 +21,20 @@ class Journal:
         note: function called with each object that is read or added; raises `ValueError` if it is invalid.
 
     Raises:
-        InputError: if a line other than the last is damaged.
+        InputError: if the path is not a regular file, or a line other than the last is damaged.
     """
 
     def __init__(self, path: Path, note: Callable[[dict[str, Any]], None]):
         self.path, self._note = path, note
         self.offsets: dict[str, int] = {}
-        self._out = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._in = path.open("rb")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        self._in = open_regular(path)  # first: opening a FIFO for writing would wait for its reader
+        try:
+            self._out = os.open(path, os.O_WRONLY | os.O_APPEND)
+        except BaseException:
+            self._in.close()
+            raise
         try:
             self._read()
         except BaseException:

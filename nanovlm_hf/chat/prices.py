@@ -88,6 +88,17 @@ def token_limit(parameters: dict[str, Any]) -> int:
     return limit if isinstance(limit, int) and limit > 0 else UNLIMITED
 
 
+def is_plausible(tokens: int | None, *contents: str | list[dict[str, Any]]) -> bool:
+    """Return whether a reported number of tokens is at least half of what texts of this length have.
+
+    Images do not count, as their number of tokens varies between models.
+    """
+    texts = [content for content in contents if isinstance(content, str)]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    texts += [part["text"] for part in parts if part["type"] != "image_url"]
+    return tokens is not None and tokens >= sum(map(_tokens_of, texts)) / 2
+
+
 def estimate_reply(reply: dict[str, Any], parameters: dict[str, Any]) -> int:
     """Estimate the number of tokens of a reply; the limit if the reply reached it."""
     if reply["finish_reason"] == "length":

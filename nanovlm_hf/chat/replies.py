@@ -12,10 +12,10 @@ from typing import Any
 
 from ..errors import InputError, scrub
 from ..files import locked
-from .answers import Reply
+from .answers import Reply, Usage
 from .api_errors import ApiError
 from .journal import Journal, key_of, request_key
-from .prices import BATCH_DISCOUNT, estimate_reply, estimate_tokens
+from .prices import BATCH_DISCOUNT, estimate_reply, estimate_tokens, is_plausible, token_limit
 
 REFUSAL = "refusal"  # also the name of the gate for replies that decline
 REFUSED_BY_ENDPOINT = "refused_by_endpoint"
@@ -74,11 +74,14 @@ class ReplyStore:
     `final`, which is false if every request was refused, so that a setting may be the cause. Remove the line to send
     the request again.
 
+    Each line of `unread.jsonl`, written when first needed, holds the `usage` of an attempt that is perhaps paid for,
+    though its reply could not be read or did not arrive, and the `problem`.
+
     Args:
         folder: folder, created if necessary.
 
     Attributes:
-        prompt_tokens: tokens of all requests; those of batches are weighted by their share of the price.
+        prompt_tokens: tokens of all attempts; those of batches are weighted by their share of the price.
         completion_tokens: tokens of all replies, weighted likewise.
         estimated: number of replies with estimated instead of reported tokens.
 
@@ -101,7 +104,14 @@ class ReplyStore:
             self._replies = stack.enter_context(closing(Journal(self.path, self._count)))
             refused = self.path.with_name("refused.jsonl")
             self._refusals = stack.enter_context(closing(Journal(refused, self._note_refusal)))
+            self._unread: Journal | None = None
+            if self._unread_path.exists():
+                self._unread = stack.enter_context(closing(Journal(self._unread_path, self._count)))
             self._stack = stack.pop_all()
+
+    @property
+    def _unread_path(self) -> Path:
+        return self.path.with_name("unread.jsonl")
 
     def _count(self, row: dict[str, Any]) -> None:
         reply = _reply_in(row)
@@ -145,7 +155,7 @@ class ReplyStore:
     def add(self, request: ChatRequest, reply: dict[str, Any]) -> None:
         """Write a reply to the disk, unless the request has one.
 
-        Tokens that the endpoint did not report are estimated.
+        Tokens that the endpoint did not report, or far too few for the length of the texts, are estimated.
 
         Args:
             reply: fields of `Reply`, optionally with `batch`; other fields are ignored.
@@ -160,11 +170,38 @@ class ReplyStore:
         except (ValueError, RecursionError):  # unreadable text; the usage below still counts
             fields = _reply_in({"text": ""})
         usage = fields["usage"]
-        if not usage["prompt_tokens"] and request.messages:
-            usage |= {"prompt_tokens": estimate_tokens(request.messages), "estimated": True}
-        if usage["completion_tokens"] is None or (fields["text"] and not usage["completion_tokens"]):
+        if request.messages:
+            self._check_prompt(request, usage)
+        if (fields["text"] and not usage["completion_tokens"]) or not is_plausible(
+            usage["completion_tokens"], fields["text"]
+        ):
             usage |= {"completion_tokens": estimate_reply(fields, request.parameters), "estimated": True}
         self._replies.add(self._row(request, fields | ({"batch": True} if reply.get("batch") else {})))
+
+    def _check_prompt(self, request: ChatRequest, usage: dict[str, Any]) -> None:
+        contents = (message["content"] for message in request.messages)
+        if not usage["prompt_tokens"] or not is_plausible(usage["prompt_tokens"], *contents):
+            usage |= {"prompt_tokens": estimate_tokens(request.messages), "estimated": True}
+
+    def add_unread(self, request: ChatRequest, problem: str, usage: Usage | None = None, batch: bool = False) -> None:
+        """Count an attempt that is perhaps paid for, though it has no readable reply.
+
+        Args:
+            usage: what the endpoint reported; otherwise the prompt is estimated, and the reply as long as allowed.
+            batch: whether it was sent in a batch.
+
+        Raises:
+            OSError: as `add`.
+        """
+        counts = (usage or Usage()).model_dump()
+        if request.messages:
+            self._check_prompt(request, counts)
+        if counts["completion_tokens"] is None:
+            counts |= {"completion_tokens": token_limit(request.parameters), "estimated": True}
+        if self._unread is None:
+            self._unread = self._stack.enter_context(closing(Journal(self._unread_path, self._count)))
+        fields = {"text": "", "usage": counts, "problem": scrub(problem)} | ({"batch": True} if batch else {})
+        self._unread.add(self._row(request, fields))
 
     def refuse(self, request: ChatRequest, error: ApiError, final: bool) -> None:
         """Write that a request was refused.
