@@ -98,8 +98,8 @@ def export_onnx(checkpoint: str, out: Path, dtype: str = "fp16") -> dict[str, An
     Args:
         checkpoint: released checkpoint, folder or Hub id.
         out: folder to write; it is created, and must be empty or hold an earlier export.
-        dtype: `fp32`; `fp16`, which stores weights in half precision and computes in single; or `int8`, which quantises
-            the weights of linear layers, and changes texts.
+        dtype: `fp32`; `fp16`, which stores weights in half precision and computes in single; or `int8`, which also
+            quantises the weights of linear layers and embeddings, and changes texts.
 
     Returns:
         The report that is also written as `onnx/export_DTYPE.json`: sizes in bytes, the largest difference of the
@@ -257,8 +257,10 @@ def _remove_notes(message: Message) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [one.level for one in loggers]
+    """Hide the advice of the exporter and of onnxruntime's quantisation, which logs to the root logger."""
+    root = logging.getLogger()
+    loggers = [root, *(logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir"))]
+    levels, handlers = [one.level for one in loggers], root.handlers[:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for one in loggers:
@@ -268,6 +270,7 @@ def _quiet_exporter() -> Iterator[None]:
         finally:
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
+            root.handlers[:] = handlers  # `logging.warning` adds one if there is none
 
 
 def as_dtype(graph: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
@@ -275,7 +278,7 @@ def as_dtype(graph: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
     if dtype == "fp16":
         return _with_half_weights(graph)
     if dtype == "int8":
-        return _quantised(graph)
+        return _with_half_weights(_quantised(graph))  # convolutions stay floats
     return graph
 
 
@@ -302,14 +305,14 @@ def _quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet_exporter():
         source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
         onnx.save(graph, source)
         quantize_dynamic(
             source,
             target,
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # products of signed weights overflow on CPUs that have AVX2 but not VNNI
             op_types_to_quantize=QUANTISED_OPERATORS,
         )
         return onnx.load(target)
