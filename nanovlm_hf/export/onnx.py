@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 EXPORTER = "nanovlm_hf"
 UNSUPPORTED_DECODING = ("bad_words_ids", "begin_suppress_tokens", "min_new_tokens", "min_length")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SMALLEST_HALF = 1024  # elements from which a weight is stored in half precision
 QUANTISED_OPERATORS = ["MatMul", "Gemm", "Gather"]
 _DIMENSIONS = {
@@ -352,14 +353,25 @@ def write_configuration(
     with tempfile.TemporaryDirectory() as name:
         saved = Path(name)
         processor.save_pretrained(saved)
-        decoding = copy.deepcopy(model.generation_config)  # neither runtime has beam search
-        decoding.update(**greedy_settings(decoding))
+        greedy = greedy_settings(model.generation_config)  # transformers.js has no beam search
+        decoding = copy.deepcopy(model.generation_config)
+        decoding.update(**greedy)
         decoding.save_pretrained(saved)
-        for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for file in TOKENIZER_FILES:
             shutil.copyfile(saved / file, out / file)
+        # Defaults are not saved, but would not replace the checkpoint's values where a tool merges both files.
+        generation = read_json(saved / "generation_config.json") | greedy
+        if greedy:  # what replaces the values above in `nanovlm_hf.export.runtime`
+            before = model.generation_config.to_dict()
+            generation["beam_search"] = {name: before[name] for name in greedy if before.get(name) is not None}
     preprocessor = json.loads(processor.image_processor.to_json_string())
     preprocessor["image_processor_type"] = "ViTImageProcessor"
     preprocessor.pop("processor_class", None)
-    for file, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+    contents = {
+        "config.json": config,
+        "generation_config.json": generation,
+        "preprocessor_config.json": preprocessor,
+    }
+    for file, content in contents.items():
         with atomic_write(out / file) as target:
             target.write(json.dumps(content, indent=2) + "\n")
