@@ -48,7 +48,7 @@ def pytorch(name):
 def onnxruntime(name, folder, dtype):
     write_onnx(name, folder, dtype)
     model = OnnxModel(folder)
-    return lambda path, prefix: model.complete(open_image_file(path), prefix)
+    return lambda path, prefix: model.complete(open_image_file(path), prefix, num_beams=1)
 
 
 @contextmanager

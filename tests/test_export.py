@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovlm_hf import InputError, cli
 from nanovlm_hf.errors import UsageError
-from nanovlm_hf.export.onnx import export_onnx
+from nanovlm_hf.export.onnx import SMALLEST_HALF, export_onnx, write_configuration
 from nanovlm_hf.export.runtime import OnnxModel
 
 from helpers.models import random_image, tiny_model, tiny_processor
@@ -129,6 +129,7 @@ def test_a_hostile_export_is_one_line(exported, tmp_path):
     too_large = "suppress_tokens is not below config.json's vocab_size of 320"
     for name, change, problem in (
         ("generation_config.json", {"suppress_tokens": [999_999]}, too_large),
+        ("generation_config.json", {"beam_search": {"num_beams": 10**9}}, r"beam_search\.num_beams"),
         ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, r"tokenizer\.json: normalizer"),
         ("tokenizer.json", {"model": merges}, r"tokenizer\.json: cannot be loaded"),
     ):
@@ -154,6 +155,19 @@ def test_decoding_that_the_runtimes_do_not_apply_is_refused(tmp_path, tokenizer)
     assert not (tmp_path / "onnx").exists()
 
 
+def test_decoding_without_beams_is_written_in_full(tmp_path, tokenizer):
+    """A tool may merge the file with the checkpoint's own, whose beams have to be replaced by default values."""
+    model = tiny_model()
+    model.generation_config.update(num_beams=4, no_repeat_ngram_size=3, repetition_penalty=1.1, length_penalty=0.8)
+    write_configuration(model, tiny_processor(tokenizer), tmp_path, "digest")
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    greedy = {"num_beams": 1, "no_repeat_ngram_size": 0, "repetition_penalty": 1.2, "length_penalty": 1.0}
+    assert written.items() >= greedy.items()
+    assert written["early_stopping"] is False
+    beams = {"num_beams": 4, "no_repeat_ngram_size": 3, "repetition_penalty": 1.1, "length_penalty": 0.8}
+    assert written["beam_search"].items() >= beams.items()
+
+
 def test_the_pixels_are_the_image_processors(exported):
     folder, _, checkpoint = exported
     from nanovlm_hf import NanoVLMImageProcessor
@@ -171,6 +185,8 @@ def test_the_command_line_of_a_completion(exported):
     assert text == model.complete(random_image(), "There is a", max_new_tokens=5)
     with pytest.raises(InputError, match="prefix: <image> stands for the image"):
         model.complete(random_image(), "a <image>")
+    with pytest.raises(InputError, match="num_beams: 257: an exported model takes 256 at most"):
+        model.complete(random_image(), "There", num_beams=257)
     with pytest.raises(InputError, match=r"leave no room in 48 positions"):
         model.complete(random_image(), "cat " * 100)
 
@@ -197,9 +213,13 @@ def test_an_exported_folder_completes_without_importing_pytorch(exported, tmp_pa
     code, lines, errors = run(*options, folder)
     assert (code, len(lines)) == (1, 2), "the other image is completed"
     assert "text.png" in errors[0]
-    code, _, errors = run(*options, folder, "--num-beams", "2")
-    assert code == 2
-    assert "an exported model decodes greedily" in errors[0]
+    (tmp_path / "text.png").unlink()
+    beams = ("--num-beams", "3")
+    assert run(*options, folder, *beams)[1] == run(*options, checkpoint, *beams)[1]
+    for sampling in (("--temperature", "1"), ("--num-return-sequences", "2", "--num-beams", "2")):
+        code, _, errors = run(*options, folder, *sampling)
+        assert code == 2
+        assert "an exported model gives one completion and does not sample" in errors[0]
 
 
 def test_several_image_tokens(tmp_path, tokenizer):
@@ -208,9 +228,13 @@ def test_several_image_tokens(tmp_path, tokenizer):
     assert report["max_logit_difference"] < 1e-4
 
 
-def test_eight_bit_weights_are_smaller(exported, tmp_path):
+def test_eight_bit_weights_are_smaller(exported, tmp_path, caplog):
     _, report, checkpoint = exported
     small = export_onnx(str(checkpoint), tmp_path / "onnx", "int8")
+    assert "pre-processing" not in caplog.text
+    vision = onnx.load(tmp_path / "onnx" / "onnx" / "vision_encoder_quantized.onnx")
+    kinds = {one.data_type for one in vision.graph.initializer if np.prod(one.dims) >= SMALLEST_HALF}
+    assert kinds == {onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT16}
     assert json.loads((tmp_path / "onnx" / "onnx" / "export_int8.json").read_text()) == small
     assert set(small["bytes"]) == {name.replace(".onnx", "_quantized.onnx") for name in report["bytes"]}
     assert sum(small["bytes"].values()) < sum(report["bytes"].values())

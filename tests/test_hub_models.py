@@ -164,10 +164,10 @@ def test_onnx_is_pushed_beside_the_weights(hub, tmp_path):
     image = random_image(size=(224, 224))
     model, processor = load_model("mini-short")
     inputs = processor(images=image, text="There is a big", return_tensors="pt")
-    expected = processor.batch_decode(
-        model.generate(**inputs, **greedy_settings(model.generation_config)), skip_special_tokens=True
-    )[0]
-    assert OnnxModel(exported).complete(image, "There is a big") == expected
+    greedy = greedy_settings(model.generation_config)
+    for num_beams, settings in ((None, {}), (1, greedy)):
+        expected = processor.batch_decode(model.generate(**inputs, **settings), skip_special_tokens=True)[0]
+        assert OnnxModel(exported).complete(image, "There is a big", num_beams=num_beams) == expected
 
 
 @pytest.mark.slow

@@ -136,9 +136,13 @@ def _results(model: str, paths: list[Path], prefix: str, settings: GenerationOpt
     from ..export.runtime import OnnxModel, complete_files, is_exported
 
     if is_exported(Path(model)):
-        if (settings.num_beams or 1) > 1 or settings.temperature > 0:
-            raise UsageError("--num-beams, --temperature: an exported model decodes greedily: name the checkpoint")
-        return complete_files(OnnxModel(Path(model)), paths, prefix, settings.max_new_tokens, settings.blind)
+        if settings.temperature > 0 or settings.num_return_sequences > 1:
+            raise UsageError(
+                "--temperature, --num-return-sequences: an exported model gives one completion and does not sample: "
+                "name the checkpoint"
+            )
+        exported = OnnxModel(Path(model))
+        return complete_files(exported, paths, prefix, settings.max_new_tokens, settings.blind, settings.num_beams)
 
     from .. import completion
     from ..loading import load_model

@@ -51,7 +51,7 @@ def compare_with_pytorch(
             tokens = model.generate(**inputs, max_new_tokens=limit, **greedy)[0]
             text = completion_line(processor.tokenizer.decode(tokens, skip_special_tokens=True))
             prompt = inputs["input_ids"][0].tolist()
-            completed = exported.generate(features, prompt, limit)
+            completed = exported.generate(features, prompt, limit, num_beams=1)
             same += text == exported.text(prompt + completed)
             expected = model(**inputs).logits[0, -1].numpy()
             largest = max(largest, float(np.abs(exported.logits(features, prompt) - expected).max()))

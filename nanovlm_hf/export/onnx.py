@@ -23,7 +23,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import InputError
-from ..files import atomic_write, read_text
+from ..files import atomic_write, read_json, read_text
 from ..generation_nanovlm import greedy_settings
 from ..loading import load_model
 from ..untrusted_files import read_object
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 EXPORTER = "nanovlm_hf"
 UNSUPPORTED_DECODING = ("bad_words_ids", "begin_suppress_tokens", "min_new_tokens", "min_length")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SMALLEST_HALF = 1024  # elements from which a weight is stored in half precision
 QUANTISED_OPERATORS = ["MatMul", "Gemm", "Gather"]
 _DIMENSIONS = {
@@ -98,8 +99,8 @@ def export_onnx(checkpoint: str, out: Path, dtype: str = "fp16") -> dict[str, An
     Args:
         checkpoint: released checkpoint, folder or Hub id.
         out: folder to write; it is created, and must be empty or hold an earlier export.
-        dtype: `fp32`; `fp16`, which stores weights in half precision and computes in single; or `int8`, which quantises
-            the weights of linear layers, and changes texts.
+        dtype: `fp32`; `fp16`, which stores weights in half precision and computes in single; or `int8`, which also
+            quantises the weights of linear layers and embeddings, and changes texts.
 
     Returns:
         The report that is also written as `onnx/export_DTYPE.json`: sizes in bytes, the largest difference of the
@@ -273,8 +274,10 @@ def _remove_notes(message: Message) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [one.level for one in loggers]
+    """Hide the advice of the exporter and of onnxruntime's quantisation, which logs to the root logger."""
+    root = logging.getLogger()
+    loggers = [root, *(logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir"))]
+    levels, handlers = [one.level for one in loggers], root.handlers[:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for one in loggers:
@@ -284,6 +287,7 @@ def _quiet_exporter() -> Iterator[None]:
         finally:
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
+            root.handlers[:] = handlers  # `logging.warning` adds one if there is none
 
 
 def as_dtype(graph: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
@@ -291,7 +295,7 @@ def as_dtype(graph: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
     if dtype == "fp16":
         return _with_half_weights(graph)
     if dtype == "int8":
-        return _quantised(graph)
+        return _with_half_weights(_quantised(graph))  # convolutions stay floats
     return graph
 
 
@@ -318,14 +322,14 @@ def _quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet_exporter():
         source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
         onnx.save(graph, source)
         quantize_dynamic(
             source,
             target,
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # products of signed weights overflow on CPUs that have AVX2 but not VNNI
             op_types_to_quantize=QUANTISED_OPERATORS,
         )
         return onnx.load(target)
@@ -365,15 +369,26 @@ def write_configuration(
     with tempfile.TemporaryDirectory() as name:
         saved = Path(name)
         processor.save_pretrained(saved)
-        decoding = copy.deepcopy(model.generation_config)  # neither runtime has beam search
-        decoding.update(**greedy_settings(decoding))
+        greedy = greedy_settings(model.generation_config)  # transformers.js has no beam search
+        decoding = copy.deepcopy(model.generation_config)
+        decoding.update(**greedy)
         decoding.save_pretrained(saved)
-        for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for file in TOKENIZER_FILES:
             with atomic_write(out / file) as target:  # a copy would be written through a link
                 target.write(read_text(saved / file))
+        # Defaults are not saved, but would not replace the checkpoint's values where a tool merges both files.
+        generation = read_json(saved / "generation_config.json") | greedy
+        if greedy:  # what replaces the values above in `nanovlm_hf.export.runtime`
+            before = model.generation_config.to_dict()
+            generation["beam_search"] = {name: before[name] for name in greedy if before.get(name) is not None}
     preprocessor = json.loads(processor.image_processor.to_json_string())
     preprocessor["image_processor_type"] = "ViTImageProcessor"
     preprocessor.pop("processor_class", None)
-    for file, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+    contents = {
+        "config.json": config,
+        "generation_config.json": generation,
+        "preprocessor_config.json": preprocessor,
+    }
+    for file, content in contents.items():
         with atomic_write(out / file) as target:
             target.write(json.dumps(content, indent=2) + "\n")

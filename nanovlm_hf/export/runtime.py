@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from ..files import validate
 from ..images import open_image_file
 from ..pillow_nanovlm import central_square, scale_and_shift
 from ..untrusted_files import is_refusal, read_object, read_tokenizer
+from .beam_search import BeamSearch
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 DTYPES = ("fp16", "fp32", "int8")  # in the order in which a folder is searched
+MAX_BEAMS = 256
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -45,12 +47,24 @@ class _Config(BaseModel):
     text_config: _TextConfig
 
 
-class _Generation(BaseModel):
-    eos_token_id: Token | Annotated[list[Token], Field(min_length=1)]
-    max_new_tokens: PositiveInt | None = None
+class _Decoding(BaseModel):
     repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] | None = None
     no_repeat_ngram_size: NonNegativeInt | None = None
+
+
+class _BeamSearch(_Decoding):
+    num_beams: Annotated[int, Field(ge=2, le=MAX_BEAMS)]
+    length_penalty: FiniteFloat = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+
+class _Generation(_Decoding):
+    """Greedy decoding, and the beam search of the checkpoint if that is its default."""
+
+    eos_token_id: Token | Annotated[list[Token], Field(min_length=1)]
+    max_new_tokens: PositiveInt | None = None
     suppress_tokens: list[Token] | None = None
+    beam_search: _BeamSearch | None = None
 
 
 class _Size(BaseModel):
@@ -71,7 +85,7 @@ class _Preprocessor(BaseModel):
 
 
 class OnnxModel:
-    """A checkpoint that `nanovlm export` wrote, ready to complete sentences greedily.
+    """A checkpoint that `nanovlm export` wrote, ready to complete sentences by greedy or beam search.
 
     Args:
         folder: with `config.json`, `tokenizer.json` and the graphs in `onnx/`.
@@ -148,20 +162,27 @@ class OnnxModel:
         """Return the projected features of an RGB image, (1, image tokens, C)."""
         return self._run(self.vision, {"pixel_values": self.pixel_values(image)})[0]
 
-    def complete(self, image: Image.Image, prefix: str = "", max_new_tokens: int | None = None) -> str:
+    def complete(
+        self,
+        image: Image.Image,
+        prefix: str = "",
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+    ) -> str:
         """Return the prefix with its completion, as one line.
 
         Args:
             image: RGB image of any size.
             prefix: beginning of the sentence; white space around it is dropped.
             max_new_tokens: limit; by default that of `generation_config.json`, or what the positions leave.
+            num_beams: 1 is greedy search, 256 is the maximum; None is the checkpoint's number.
 
         Raises:
             UsageError: if the prefix holds a special token, such as `<image>` or `<eos>`.
-            InputError: if it does not fit the positions.
+            InputError: if there are too many beams, or the prefix does not fit the positions.
         """
         tokens = self._prompt(prefix)
-        tokens += self.generate(self.encode(image), tokens, max_new_tokens)
+        tokens += self.generate(self.encode(image), tokens, max_new_tokens, num_beams)
         return self.text(tokens)
 
     def text(self, tokens: list[int]) -> str:
@@ -178,21 +199,54 @@ class OnnxModel:
         ids = self.tokenizer.encode(prefix.strip(), add_special_tokens=False).ids
         return [self.image_token_id] * self.image_tokens + ids
 
-    def generate(self, features: np.ndarray, tokens: list[int], max_new_tokens: int | None = None) -> list[int]:
-        """Return the tokens that greedy decoding adds to a prompt, without the end token."""
+    def generate(
+        self,
+        features: np.ndarray,
+        tokens: list[int],
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+    ) -> list[int]:
+        """Return the tokens that decoding adds to a prompt, without the end token.
+
+        Args:
+            features: of the image, (1, image tokens, C).
+            tokens: of the prompt.
+            max_new_tokens: as in `complete`.
+            num_beams: as in `complete`.
+
+        Raises:
+            InputError: as `complete`.
+        """
         room = self.positions - len(tokens)
         if room < 1:
             raise InputError(f"prefix: {len(tokens)} tokens with the image leave no room in {self.positions} positions")
         limit = min(max_new_tokens or self.generation.max_new_tokens or DEFAULT_NEW_TOKENS, room)
-        return list(self._greedy(features, tokens, limit))
+        beams = self._beams(num_beams)
+        if beams is None:
+            return list(self._greedy(features, tokens, limit))
+        return self._search(features, tokens, limit, beams)
+
+    def _beams(self, num_beams: int | None) -> _BeamSearch | None:
+        """Return the settings of beam search, the checkpoint's own as far as it has some; None for greedy search."""
+        own = self.generation.beam_search
+        if num_beams is None or num_beams == 1:
+            return own if num_beams is None else None
+        if num_beams > MAX_BEAMS:
+            raise InputError(f"num_beams: {num_beams}: an exported model takes {MAX_BEAMS} at most")
+        fields = (own or self.generation).model_dump(include=set(_BeamSearch.model_fields))
+        return _BeamSearch(**fields | {"num_beams": num_beams})
 
     def logits(self, features: np.ndarray, tokens: list[int]) -> np.ndarray:
         """Return the logits (vocabulary,) of what follows a prompt."""
-        return self._run(self.decoder, self._inputs(*self._begin(features, tokens)))[0][0, -1]
+        return self.all_logits(features, tokens)[-1]
+
+    def all_logits(self, features: np.ndarray, tokens: list[int]) -> np.ndarray:
+        """Return the logits (T, vocabulary) of what follows each of T tokens."""
+        return self._run(self.decoder, self._inputs(*self._begin(features, tokens)))[0][0]
 
     def _begin(self, features: np.ndarray, tokens: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the embeddings of a prompt, the image's features in their place, and an empty cache."""
-        embeddings = self._embed(tokens)
+        embeddings = self._embed([tokens])
         embeddings[:, : self.image_tokens] = features
         return embeddings, [np.zeros((1, self.heads, 0, self.head_size), np.float32)] * (2 * self.layers)
 
@@ -201,15 +255,34 @@ class OnnxModel:
         seen = list(tokens)
         for _ in range(limit):
             logits, *past = self._run(self.decoder, self._inputs(embeddings, past))
-            token = self._choose(logits[0, -1], seen)
+            token = int(self._process(logits[0, -1], seen, self.generation).argmax())
             if token in self.eos_tokens:
                 return
             yield token
             seen.append(token)
-            embeddings = self._embed([token])
+            embeddings = self._embed([[token]])
 
-    def _embed(self, tokens: list[int]) -> np.ndarray:
-        return self._run(self.embed, {"input_ids": np.asarray([tokens], np.int64)})[0]
+    def _search(self, features: np.ndarray, tokens: list[int], limit: int, settings: _BeamSearch) -> list[int]:
+        logits, *past = self._run(self.decoder, self._inputs(*self._begin(features, tokens)))
+
+        def advance(origins: list[int], last: list[int]) -> np.ndarray:
+            nonlocal past
+            past = [state[origins] for state in past]
+            logits, *past = self._run(self.decoder, self._inputs(self._embed([[token] for token in last]), past))
+            return logits[:, -1]
+
+        search = BeamSearch(settings.num_beams, settings.length_penalty, settings.early_stopping)
+        found = search.search(
+            logits[:, -1],
+            advance,
+            lambda scores, new: self._process(scores, [*tokens, *new], settings),
+            self.eos_tokens,
+            limit,
+        )
+        return found[:-1] if found[-1] in self.eos_tokens else found
+
+    def _embed(self, tokens: list[list[int]]) -> np.ndarray:
+        return self._run(self.embed, {"input_ids": np.asarray(tokens, np.int64)})[0]
 
     def _run(self, session: InferenceSession, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         try:
@@ -219,30 +292,31 @@ class OnnxModel:
             raise InputError(f"{self.folder}: {problem}") from None
 
     def _inputs(self, embeddings: np.ndarray, past: list[np.ndarray]) -> dict[str, Any]:
-        before, length = past[0].shape[2], embeddings.shape[1]
+        before, (sequences, length) = past[0].shape[2], embeddings.shape[:2]
+        positions = np.arange(before, before + length, dtype=np.int64)
         names = [f"past_key_values.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
         return {
             "inputs_embeds": embeddings,
-            "attention_mask": np.ones((1, before + length), np.int64),
-            "position_ids": np.arange(before, before + length, dtype=np.int64)[None],
+            "attention_mask": np.ones((sequences, before + length), np.int64),
+            "position_ids": np.tile(positions, (sequences, 1)),
             **dict(zip(names, past, strict=True)),
         }
 
-    def _choose(self, logits: np.ndarray, seen: list[int]) -> int:
-        """Return the likeliest token after the repetition penalty, which divides positive logits of seen tokens.
+    def _process(self, scores: np.ndarray, seen: list[int], settings: _Decoding) -> np.ndarray:
+        """Change the scores (vocabulary,) of the next token, logits or log-probabilities, in place and return them.
 
-        Tokens that would repeat a sequence of `no_repeat_ngram_size` tokens are excluded.
+        The repetition penalty divides positive scores of tokens that were seen and multiplies negative ones. Suppressed
+        tokens are excluded, as are those that would repeat a sequence of `no_repeat_ngram_size` tokens.
         """
-        if not np.isfinite(logits).all():
+        if not np.isfinite(scores).all():
             raise InputError("the model's logits are NaN or infinite: its weights are damaged")
-        settings = self.generation
         penalty = settings.repetition_penalty or 1.0
         repeated = np.unique(seen)
-        logits[repeated] = np.where(logits[repeated] < 0, logits[repeated] * penalty, logits[repeated] / penalty)
+        scores[repeated] = np.where(scores[repeated] < 0, scores[repeated] * penalty, scores[repeated] / penalty)
         if settings.no_repeat_ngram_size:
-            logits[_repeating(seen, settings.no_repeat_ngram_size)] = -np.inf
-        logits[settings.suppress_tokens or []] = -np.inf
-        return int(logits.argmax())
+            scores[_repeating(seen, settings.no_repeat_ngram_size)] = -np.inf
+        scores[self.generation.suppress_tokens or []] = -np.inf
+        return scores
 
 
 def _repeating(tokens: list[int], size: int) -> list[int]:
@@ -258,24 +332,30 @@ def is_exported(folder: Path) -> bool:
 
 
 def complete_files(
-    model: OnnxModel, images: list[Path], prefix: str = "", max_new_tokens: int | None = None, blind: bool = False
+    model: OnnxModel,
+    images: list[Path],
+    prefix: str = "",
+    max_new_tokens: int | None = None,
+    blind: bool = False,
+    num_beams: int | None = None,
 ) -> Iterator[Completion]:
     """Complete a sentence about each image file, as `nanovlm_hf.completion.complete` does with PyTorch.
 
     Args:
         images: files or folders.
         blind: also complete the prefix for a blank image.
+        num_beams: 1 is greedy search; None is the checkpoint's number.
 
     Raises:
         InputError: as `OnnxModel.complete`.
     """
     size = (model.preprocessor.size.width, model.preprocessor.size.height)
     model.check_prefix(prefix)
-    blank = [model.complete(model.blank_image(), prefix, max_new_tokens)] if blind else None
+    blank = [model.complete(model.blank_image(), prefix, max_new_tokens, num_beams)] if blind else None
     for one in find_images(images):
         if one.error is None:
             try:
-                one.texts = [model.complete(open_image_file(one.path, size=size), prefix, max_new_tokens)]
+                one.texts = [model.complete(open_image_file(one.path, size=size), prefix, max_new_tokens, num_beams)]
                 one.blind = blank
             except InputError as error:
                 one.error = str(error)
