@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from .completion import finite_logits, fit_new_tokens
 from .completion_files import LOWEST_TEMPERATURE
@@ -36,9 +37,10 @@ from .processing_nanovlm import NanoVLMProcessor
 
 MAX_BODY = 2**24  # bytes of a request
 BODY_SECONDS = 60  # in which a request has to arrive
+IDLE_SECONDS = 15  # after which a connection without a request is closed
 MAX_WAITING = 32  # connections at a time, from which on new ones are answered with 503
 MAX_PARTS = 64  # messages of a request, and parts of a message
-MAX_TEXT = 10_000  # characters; the model reads about a thousand
+MAX_TEXT = 10_000  # characters of a request; the model reads about a thousand
 SHUTDOWN_SECONDS = 10  # in which running requests may finish
 
 
@@ -207,16 +209,39 @@ def serve(name: str, host: str, port: int) -> None:
     Raises:
         InputError: if the checkpoint cannot be loaded.
     """
-    app = build_app(name)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="info",
-        limit_concurrency=MAX_WAITING,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
-    uvicorn.Server(config).run()
+    uvicorn.Server(server_config(build_app(name), host=host, port=port, log_level="info")).run()
+
+
+def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a server that bounds the number of connections, and how long they are idle.
+
+    Args:
+        app: application.
+        options: further arguments of `uvicorn.Config`.
+    """
+    bounds = {"limit_concurrency": MAX_WAITING, "timeout_graceful_shutdown": SHUTDOWN_SECONDS}
+    return uvicorn.Config(app, **{"http": _Connection, "ws": "none", **bounds, **options})
+
+
+class _Connection(AutoHTTPProtocol):
+    """A connection that is closed if it has had no request for `IDLE_SECONDS`.
+
+    Uvicorn alone waits for the first request without a limit, and for the rest of any request that has begun.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(IDLE_SECONDS, self._close_if_idle, None)
+
+    def _close_if_idle(self, last: Any) -> None:
+        """Close the connection if it is as idle as `IDLE_SECONDS` ago, when `last` was its last request."""
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is last:
+            self.transport.close()
+        else:
+            self.loop.call_later(IDLE_SECONDS, self._close_if_idle, self.cycle if idle else self)
 
 
 async def _body(request: Request) -> bytes | None:
@@ -243,6 +268,7 @@ def _checked(content: bytes, models: _OneModel) -> dict[str, Any]:
     if refused or fields.get("n") not in (None, 1):
         raise InputError(f"request: {refused[0] if refused else 'n'}: not supported: leave it out")
     request = validate(fields, CompletionBody, "request")
+    _check_length(request)  # before the texts are tokenized, while all other requests wait
     if request.model not in (None, models.force_model):
         raise InputError(f"request: model: this server has {models.force_model} and no other")
     messages, prefix = _messages(request, models.processor)
@@ -280,6 +306,13 @@ def _messages(request: CompletionBody, processor: NanoVLMProcessor) -> tuple[lis
             if one["type"] == "image":
                 one["image"] = image
     return messages, " ".join(text.strip() for text in texts)
+
+
+def _check_length(request: CompletionBody) -> None:
+    parts = (part for message in request.messages for part in message.content)
+    length = sum(len(part.text) for part in parts if isinstance(part, _TextPart))
+    if length > MAX_TEXT:
+        raise InputError(f"request: messages: {length:,} characters of text, the limit is {MAX_TEXT:,}: shorten them")
 
 
 def _decoded(url: str, size: tuple[int, int]) -> Image.Image:

@@ -18,6 +18,7 @@ import pytest
 import requests
 from huggingface_hub import RepoCard
 from PIL import Image
+from starlette.middleware import Middleware
 
 from nanovlm_hf import InputError, completion
 from nanovlm_hf.hub_cards.space import app
@@ -178,6 +179,31 @@ def test_invalid_requests_get_a_readable_error(api, photo, tmp_path):
     assert api.refused(uploaded | {"path": f"{uploaded['path']}x"}).endswith("x: no such file")
     answer = requests.post(f"{api.address}upload", files={"files": ("a.png", bytes(25_000_000))}, timeout=60)
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("/gradio_api/call/complete", app.LARGEST_REQUEST),
+        ("/gradio_api/run/upload", app.LARGEST_REQUEST),
+        ("/upload", app.LARGEST_REQUEST),
+        ("/gradio_api/upload/", app.LARGEST_REQUEST),
+        ("/gradio_api/upload", app.LARGEST_REQUEST + app.LARGEST_UPLOAD),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_the_size_of_a_request_is_bounded(path, limit, more, chunked):
+    from fastapi import Body, FastAPI
+    from fastapi.testclient import TestClient
+
+    served = FastAPI(middleware=[Middleware(app.SmallRequests)])
+    served.post("/{path:path}")(lambda content=Body(): len(content) + 2)  # noqa: B008
+    client = TestClient(served, headers={"Content-Type": "application/json"})
+    content = b'"%s"' % (b"a" * (limit + more - 2))
+    answer = client.post(path, content=iter([content[:9], content[9:]]) if chunked else content)
+    assert answer.status_code == (413 if more else 200)
+    assert answer.json() == ({"detail": app.TOO_LONG} if more else limit)
 
 
 @pytest.mark.slow

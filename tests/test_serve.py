@@ -37,9 +37,9 @@ def test_version_4_is_told_what_to_install(run):
 def running(**options):
     import uvicorn
 
-    from nanovlm_hf.serving import build_app
+    from nanovlm_hf.serving import build_app, server_config
 
-    config = uvicorn.Config(build_app("mini-short"), host="127.0.0.1", port=0, log_level="error", **options)
+    config = server_config(build_app("mini-short"), host="127.0.0.1", port=0, log_level="error", **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -198,6 +198,16 @@ BAD = {
         "request: model: this server has mini-short and no other",
     ),
     "a long text": (messages(image_part(), text_part("a" * 10_001)), {}, "request: messages.0.content.1.text.text: St"),
+    "a long text in parts": (
+        messages(image_part(), *[text_part("a" * 1_000)] * 11),
+        {},
+        "request: messages: 11,000 characters of text, the limit is 10,000: shorten them",
+    ),
+    "a long text in messages": (
+        [{"role": role, "content": "a" * 6_000} for role in ("user", "assistant")] + messages(image_part()),
+        {},
+        "request: messages: 12,000 characters of text, the limit is 10,000: shorten them",
+    ),
     "many parts": (messages(*[text_part("")] * 65), {}, "request: messages.0.content: List should have at most 64"),
     "no parts": ([{"role": "user", "content": [0] * 100_000}], {}, "request: messages.0.content.0: Input should be"),
     "top_k": (messages(image_part(), text_part()), {"top_k": 3}, "request: top_k: not supported: leave it out"),
@@ -266,6 +276,43 @@ def test_no_more_requests_wait_than_the_limit():
         deadline = time.monotonic() + 30
         while status(address) != 200:
             assert time.monotonic() < deadline
+
+
+@needs_5
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /"],
+)
+def test_idle_connections_are_closed(monkeypatch, sent):
+    import asyncio
+
+    import uvicorn
+
+    from nanovlm_hf import serving
+
+    monkeypatch.setattr(serving, "IDLE_SECONDS", 0.1)
+
+    async def health(scope, receive, send):
+        if scope["type"] == "lifespan":
+            return
+        await asyncio.sleep(0.5)  # a request that takes longer is not idle
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def received():
+        server = uvicorn.Server(serving.server_config(health, host="127.0.0.1", port=0, log_level="error"))
+        running = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+        writer.write(sent)
+        content = await asyncio.wait_for(reader.read(), 4)
+        writer.close()
+        server.should_exit = True
+        await running
+        return content
+
+    assert (b"200 OK" in asyncio.run(received())) == (b"HTTP/1.1" in sent)
 
 
 def test_a_request_that_does_not_arrive_ends(address, monkeypatch):

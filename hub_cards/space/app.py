@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import HTTPException
+from gradio.route_utils import API_PREFIX
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
@@ -28,6 +30,8 @@ CACHED_MODELS = 2  # kept in memory; a Space has several visitors, but only two 
 LONGEST_QUEUE = 20  # waiting visitors; further ones are asked to come back later
 LONGEST_PREFIX = 400  # characters
 LARGEST_REQUEST = 100_000  # bytes, except for uploads
+LARGEST_UPLOAD = 20 * 2**20  # bytes of a photo
+UPLOADS = f"{API_PREFIX}/upload"
 TOO_LONG = f"The beginning of the sentence may have at most {LONGEST_PREFIX} characters."
 # The variants that have released models, with the words of a description.
 STYLES = {
@@ -111,20 +115,35 @@ def uploaded(photo: gr.Image, upload: Any) -> str | None:
 class SmallRequests:
     """ASGI middleware that rejects requests larger than any that the page sends, as Gradio keeps them for an hour.
 
+    The bytes are counted as they arrive, since a request need not state its length.
+
     Args:
-        app: the wrapped application, which has a limit of its own for uploads.
+        app: the wrapped application.
     """
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        length = dict(scope.get("headers", ())).get(b"content-length", b"0")
-        too_large = not length.isdigit() or len(length) > 9 or int(length) > LARGEST_REQUEST
-        if scope["type"] == "http" and too_large and not scope["path"].endswith("/upload"):
-            await JSONResponse({"detail": TOO_LONG}, status_code=413)(scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        limit = LARGEST_REQUEST + (LARGEST_UPLOAD if scope["path"] == UPLOADS else 0)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 9 or int(length) > limit:
+            await JSONResponse({"detail": TOO_LONG}, status_code=413)(scope, receive, send)
+            return
+        size = 0
+
+        async def receive_some() -> dict[str, Any]:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise HTTPException(413, TOO_LONG)
+            return message
+
+        await self.app(scope, receive_some, send)
 
 
 def page() -> gr.Blocks:
@@ -180,7 +199,7 @@ def launch(port: int | None = None) -> None:
         server_port=port,
         theme=theme,
         css=wrap,
-        max_file_size="20mb",
+        max_file_size=LARGEST_UPLOAD,
         footer_links=[],
         app_kwargs={"middleware": [Middleware(SmallRequests)]},
     )
