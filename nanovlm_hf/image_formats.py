@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
+
+from .image_streams import MOST_SCANNED_PIXELS, ExcessiveError, comments, jpeg_scans
 
 # Every format that Pillow decodes by itself. Excluded are EPS (starts Ghostscript), IPTC (may contain an EPS), WMF,
 # BUFR, GRIB and HDF5 (stubs that need a handler) and MPEG (identified but never decoded).
@@ -22,9 +24,17 @@ _COMMON_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg"}  # an MPO is a JPEG followed 
 # Peak bytes per pixel while decoding, by decoder or format, measured with Pillow 12.3; the image itself takes 4.
 _PEAK = {"AVIF": 12, "HEIF": 12, "WEBP": 16, "jpeg2k": 26, "ppm_plain": 12, "fits_gzip": 48}
 _OTHER_PEAK = 8
-_UNKNOWN_SIZE = ("ICO", "ICNS")  # their headers do not give the size of the image inside
+_ICONS = ("ICO", "ICNS")  # their headers do not give the size of the image inside
 # Two decoders written in Python do not stop at the end of the file, so its size must match the pixels it claims.
 _MOST_PIXELS_A_BYTE = {"DDS": 2, "FITS": 100}
+# Decoders written in Python take up to 1.5 s for a million pixels or, these, for a million values.
+_BY_VALUES = ("ppm", "ppm_plain", "dds_rgb")
+_MOST_PYTHON_VALUES = 4_000_000
+_MOST_PYTHON_BYTES = {"bmp_rle": 8_000_000, "BLP1": 8_000_000, "BLP2": 8_000_000, "MSP": 1_000_000}
+_MOST_PLAIN_BYTES = 64_000_000  # of a PNM in digits
+_MOST_COMMENTS = 10_000  # of a PNM in digits: the rest of a block is copied for each
+_TIFF_SCANS = 100  # libtiff stops a JPEG in a TIFF after as many
+_BLP_OF_JPEG = 0  # the compression of a BLP that holds a JPEG, of any size
 
 
 @functools.cache
@@ -71,7 +81,7 @@ def peak_bytes(image: Image.Image, scale: int, pixels: int, file_size: int, most
         file_size: in bytes.
         most: limit for decoding, in bytes.
     """
-    if image.format in _UNKNOWN_SIZE:
+    if image.format in _ICONS:
         return most
     if pixels > file_size * _MOST_PIXELS_A_BYTE.get(image.format, pixels):
         return most + 1
@@ -80,10 +90,49 @@ def peak_bytes(image: Image.Image, scale: int, pixels: int, file_size: int, most
         return 4 * pixels // scale**2 + 2 * len(image.getbands()) * pixels
     if codec == "jpeg2k":
         return _PEAK[codec] * pixels // scale**2
+    if codec == "bmp_rle":  # one step may skip 255 rows, twice in memory
+        return 512 * image.width + _OTHER_PEAK * pixels
     if image.format == "TIFF":
         turned = image.tag_v2.get(274, 1) != 1  # Pillow makes a rotated copy
         return (8 if turned else 4) * pixels + (_largest_block(image.tag_v2) if codec == "libtiff" else 0)
     return _PEAK.get(codec, _PEAK.get(image.format, _OTHER_PEAK)) * pixels
+
+
+def check_time(image: Image.Image, file: BinaryIO, pixels: int, file_size: int) -> None:
+    """Check that decoding an opened image takes no more than a few seconds.
+
+    Args:
+        image: not decoded yet.
+        file: that it is in.
+        pixels: of the full image.
+        file_size: in bytes.
+
+    Raises:
+        ExcessiveError: if it would take longer.
+    """
+    tile = image.tile[0] if getattr(image, "tile", None) else None
+    codec = tile.codec_name if tile else ""
+    place = file.tell()
+    if codec in Image.DECODERS:  # those written in Python
+        values = pixels * (len(image.getbands()) if codec in _BY_VALUES else 1)
+        if values > _MOST_PYTHON_VALUES:
+            raise ExcessiveError(f"{image.width} x {image.height} pixels of this kind of {image.format} take too long")
+        most = _MOST_PLAIN_BYTES if codec == "ppm_plain" else _MOST_PYTHON_BYTES.get(codec, file_size)
+        if file_size > most:
+            raise ExcessiveError(f"{file_size:,} bytes of this kind of {image.format} take too long")
+        if codec == "ppm_plain" and comments(file) > _MOST_COMMENTS:
+            raise ExcessiveError(f"it has more than {_MOST_COMMENTS:,} comments")
+        if codec == "BLP1" and tile.args[0] == _BLP_OF_JPEG:
+            raise ExcessiveError("a BLP that holds a JPEG is not supported")
+    scans = 1
+    if codec == "jpeg":
+        scans = jpeg_scans(file, at_most=MOST_SCANNED_PIXELS // max(1, pixels))
+    elif image.format == "TIFF" and image.tag_v2.get(259) == 7 and pixels * _TIFF_SCANS > MOST_SCANNED_PIXELS:
+        blocks = {*image.tag_v2.get(273, ()), *image.tag_v2.get(324, ())}
+        scans = max((jpeg_scans(file, start) for start in blocks if start < file_size), default=1)
+    if scans > 1 and scans * pixels > MOST_SCANNED_PIXELS:
+        raise ExcessiveError(f"it is a JPEG of {scans:,} scans")
+    file.seek(place)
 
 
 def _largest_block(tags: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,8 +17,7 @@ from transformers.image_utils import (
     ChannelDimension,
     ImageInput,
     PILImageResampling,
-    make_flat_list_of_images,
-    valid_images,
+    is_valid_image,
 )
 from transformers.utils import TensorType, is_torch_tensor
 
@@ -119,7 +119,8 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         """Prepare one image or several.
 
         Args:
-            images: one or a list of Pillow images, arrays or tensors.
+            images: one or a list of Pillow images, arrays or tensors; arrays and tensors are (height, width), of three
+                dimensions, or batches of four.
             return_tensors: `"pt"` or `"np"`; None returns a list of arrays.
             data_format: channel dimension of the result.
             input_data_format: channel dimension of array inputs; inferred if None.
@@ -137,9 +138,10 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         if device is not None and str(device) != "cpu" and return_tensors != "pt":
             raise ValueError("device needs return_tensors='pt'")
         settings = self._settings(kwargs)
-        images = make_flat_list_of_images(self.fetch_images(images))
-        if not valid_images(images):
-            raise ValueError("images must be Pillow images, NumPy arrays or tensors, or a list of them")
+        images = [image for one in images_of_texts(images) for image in one]
+        if not images:
+            raise ValueError("images has no image: give at least one")
+        images = self.fetch_images(images)
         pixels = [self._prepare(image, input_data_format, settings) for image in images]
         if ChannelDimension(data_format) == ChannelDimension.LAST:
             pixels = [one.permute(1, 2, 0) for one in pixels]
@@ -171,6 +173,52 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         else:
             pixels = prepare_tensor(pixels, settings)
         return _rescale_and_normalise(pixels, settings)
+
+
+def images_of_texts(images: Any) -> list[list[Any]]:
+    """Return a list of images for each text: one image where there is no list of lists.
+
+    Args:
+        images: an image, a batch as an array or tensor of four dimensions, or a sequence of images or of sequences of
+            them. A string is the path or address of an image.
+
+    Raises:
+        ValueError: for anything else, and for no images at all.
+    """
+    if _is_image(images):
+        images = [images]
+    if not _is_list(images):
+        raise ValueError(f"images must be {_IMAGES}, not {_name(images)}")
+    if not len(images):
+        raise ValueError("images is an empty list: give at least one image, or None for text only")
+    if all(_dimensions(one) == 4 for one in images):
+        images = [image for batch in images for image in batch]
+    texts = [list(one) if _is_list(one) else [one] for one in images]
+    for image in (image for one in texts for image in one):
+        if not _is_image(image) or _dimensions(image) not in (None, 2, 3):
+            raise ValueError(f"images must be {_IMAGES}; this list has {_name(image)}")
+    return texts
+
+
+_IMAGES = "Pillow images, NumPy arrays or tensors of 2 or 3 dimensions, or a list of them"
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, str) or is_valid_image(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, range))
+
+
+def _dimensions(value: Any) -> int | None:
+    """Return the number of dimensions of an array or tensor, None for anything else."""
+    return len(value.shape) if _is_image(value) and hasattr(value, "shape") else None
+
+
+def _name(value: Any) -> str:
+    dimensions = _dimensions(value)
+    return type(value).__name__ + ("" if dimensions is None else f" of {dimensions} dimensions")
 
 
 def _refuse_unsupported(arguments: dict[str, Any]) -> None:
@@ -227,6 +275,10 @@ def _is_side(value: Any) -> bool:
 
 def _from_pil(image: Image.Image, settings: dict[str, Any]) -> torch.Tensor:
     """Return a Pillow image converted and resized, (channels, height, width)."""
+    if 0 in image.size:
+        raise ValueError(f"images must have pixels, and one has a size of {image.width} x {image.height}")
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("images must have pixels that are finite numbers: replace NaN and infinity first")
     if settings["do_convert_rgb"]:
         image = to_rgb(image)
     if settings["do_center_crop"]:
@@ -250,4 +302,4 @@ def _rescale_and_normalise(pixels: torch.Tensor, settings: dict[str, Any]) -> to
     return pixels.float() * scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
 
 
-__all__ = ["NanoVLMImageProcessor"]
+__all__ = ["NanoVLMImageProcessor", "images_of_texts"]

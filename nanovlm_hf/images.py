@@ -16,7 +16,17 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError, first_line, printable
 from .files import open_regular
-from .image_formats import HEIF_REMEDY, HEIF_SUFFIXES, is_heif, peak_bytes, readable_formats, suffix_of, suffixes
+from .image_formats import (
+    HEIF_REMEDY,
+    HEIF_SUFFIXES,
+    check_time,
+    is_heif,
+    peak_bytes,
+    readable_formats,
+    suffix_of,
+    suffixes,
+)
+from .image_streams import ExcessiveError, MeteredFile, check_metadata, image_in_icns
 from .pillow_nanovlm import SIDEWAYS, orientation_of, to_rgb, turn, white_of
 
 # Enough for the default output of the largest phone cameras (108 and 200 megapixels); a hostile header can claim 64
@@ -105,6 +115,8 @@ def open_image_file(
                 raise
     except InputError:
         raise
+    except ExcessiveError as error:
+        raise InputError(f"{name}: {error}: save it again as an ordinary JPEG or PNG") from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image that Pillow can read: use a JPEG, PNG or WebP file") from None
     except Image.DecompressionBombError:
@@ -177,22 +189,38 @@ def scan_folder(folder: Path) -> tuple[list[Path], str]:
     return images, "; ".join(parts)
 
 
-def _open(file: BinaryIO) -> Image.Image:
-    formats = readable_formats()
+def _open(file: BinaryIO, formats: tuple[str, ...] | None = None) -> Image.Image:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    check_metadata(file, size)
+    formats = formats or readable_formats()
+    metered = MeteredFile(file, size)
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sizes and damaged metadata: an error follows if it matters
-        return Image.open(file, formats=formats)
+        image = Image.open(metered, formats=formats)  # type: ignore[arg-type]
+    metered.release()
+    return image
 
 
-def _decode(file: BinaryIO, name: str, size: tuple[int, int], in_decoder: bool = True) -> Image.Image:
+def _decode(
+    file: BinaryIO,
+    name: str,
+    size: tuple[int, int],
+    in_decoder: bool = True,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """Return the image in a file as `open_image_file` does.
 
     Args:
         in_decoder: let the decoder reduce it, if it can.
+        formats: that it may have, by default all that are readable.
     """
     file_size = _file_size(file, name)
-    with _open(file) as image:
+    with _open(file, formats) as image:
         _check_size(image, name)
+        inner = image_in_icns(image, file) if image.format == "ICNS" else None
+        if inner:
+            return _decode(inner, name, size, formats=("PNG", "JPEG2000"))
         width, height = image.size
         scale = _reduce_in_decoder(image, 2 * GAP * max(size)) if in_decoder else 1
         peak = peak_bytes(image, scale, width * height, file_size, MAX_MEMORY)
@@ -201,6 +229,7 @@ def _decode(file: BinaryIO, name: str, size: tuple[int, int], in_decoder: bool =
                 f"{name}: decoding {width} x {height} pixels of {image.format} would take more than "
                 f"{MAX_MEMORY // 10**9} GB of memory: reduce the image first"
             )
+        check_time(image, file, width * height, file_size)
         try:
             with _memory.take(peak):
                 _load(image)
@@ -209,7 +238,7 @@ def _decode(file: BinaryIO, name: str, size: tuple[int, int], in_decoder: bool =
         except OSError:
             if image.format != "JPEG2000" or scale == 1:
                 raise
-    return _decode(file, name, size, in_decoder=False)  # a JPEG 2000 image with fewer resolutions
+    return _decode(file, name, size, in_decoder=False, formats=formats)  # a JPEG 2000 image with fewer resolutions
 
 
 def _load(image: Image.Image) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
@@ -26,11 +27,43 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # keys in which Pillow finds the orientation
+MOST_TAG_BYTES = 2**24  # of Exif data; cameras write less than 2**16
+_VALUE_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0)  # in bytes, by the type of a tag
+
+
+def tag_sizes(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of values of each tag in the first directory of TIFF or Exif data, and their size in bytes."""
+    head = file.read(16)
+    order, big = "<" if head[:1] == b"I" else ">", head[2:3] == b"\x2b"  # Pillow tells BigTIFF by this byte
+    kinds = [("tag", order + "u2"), ("type", order + "u2"), ("count", order + ("u8" if big else "u4"))]
+    entry = np.dtype([*kinds, ("value", "V8" if big else "V4")])
+    offset = np.frombuffer(head[8:16] if big else head[4:8], order + ("u8" if big else "u4"))
+    file.seek(min(int(offset[0]), 2**62) if len(offset) else 0)
+    number = np.frombuffer(file.read(8 if big else 2), order + ("u8" if big else "u2"))
+    content = file.read(min(int(number[0]), 2**16) * entry.itemsize if len(number) else 0)
+    entries = np.frombuffer(content[: len(content) // entry.itemsize * entry.itemsize], entry)
+    counts = entries["count"].astype(np.float64)
+    return counts, counts * np.take(_VALUE_SIZES, entries["type"], mode="clip")
+
+
+def tags_fit(content: bytes) -> bool:
+    """Return whether Exif data are small, and small when parsed: tags may claim the same bytes many times over."""
+    content = content.removeprefix(b"Exif\0\0")
+    if len(content) < 8:
+        return True
+    _, sizes = tag_sizes(io.BytesIO(content))
+    read = sizes[sizes <= len(content)].sum()  # larger ones are not read
+    return len(content) <= MOST_TAG_BYTES and read <= 2**20 + 2 * len(content)
 
 
 def orientation_of(image: Image.Image) -> int | None:
     """Return the EXIF orientation: 1 if there is none, None if the metadata cannot be read."""
     try:
+        exif = image.info.get("exif")
+        if exif is None and "Raw profile type exif" in image.info:  # in hexadecimal digits after three lines
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        if exif is not None and not tags_fit(exif):
+            return None
         return image.getexif().get(0x0112, 1)
     except Exception:  # Pillow raises many types of errors for damaged EXIF data
         return None
@@ -47,12 +80,15 @@ def turn(image: Image.Image, orientation: int | None) -> Image.Image:
 
 def white_of(image: Image.Image) -> float:
     """Return the value of white in an integer or float greyscale image."""
-    # 16-bit images span 0..65535; other integer and float images are taken as 8-bit if their values fit.
+    # 16-bit images span 0..65535; other integer and float images are taken as 8-bit if their values fit, and floats as
+    # 0..1 if they fit that.
     if image.mode.startswith("I;16"):
         return 65535.0
     if image.mode not in ("I", "F"):
         return 255.0
     most = cast(float, image.getextrema()[1])  # these modes have a single band
+    if image.mode == "F" and most <= 1:
+        return 1.0
     return 65535.0 if most > 255 else 255.0
 
 
@@ -92,4 +128,15 @@ def scale_and_shift(settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray
     return scale / std, -mean / std
 
 
-__all__ = ["SIDEWAYS", "central_square", "orientation_of", "scale_and_shift", "to_rgb", "turn", "white_of"]
+__all__ = [
+    "MOST_TAG_BYTES",
+    "SIDEWAYS",
+    "central_square",
+    "orientation_of",
+    "scale_and_shift",
+    "tag_sizes",
+    "tags_fit",
+    "to_rgb",
+    "turn",
+    "white_of",
+]

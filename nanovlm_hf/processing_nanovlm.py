@@ -3,20 +3,20 @@
 It must not import `annotations` from `__future__`: Transformers 5 reads the annotations of the kwargs classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils import TensorType
 
 from .compat_nanovlm import IS_TRANSFORMERS_4, make_tokenizer_portable
 from .hub_nanovlm import registered
-from .image_processing_nanovlm import NanoVLMImageProcessor
+from .image_processing_nanovlm import NanoVLMImageProcessor, images_of_texts
 
 # A chat as a prompt: the image first, then the texts of user and assistant, without roles. If the last text is the
 # assistant's, it ends a description, as in training data; `continue_final_message` removes the `<eos>` again.
@@ -122,11 +122,12 @@ class NanoVLMProcessor(ProcessorMixin):
                 characters that were replaced by image tokens, as processors of Transformers 5.15 and newer do.
 
         Returns:
-            `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3, height, width), `labels` (B, T).
+            `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3, height, width) unless no text has an image,
+            `labels` (B, T).
 
         Raises:
-            ValueError: if both are None, their numbers differ, a text has more than one `<image>`, or `videos` or
-                `audio` is given.
+            ValueError: if both are None, one is empty or of another type, their numbers differ, a text has more than
+                one `<image>`, or `videos` or `audio` is given.
         """
         for name in ("videos", "audio"):
             if kwargs.pop(name, None) is not None:
@@ -150,20 +151,18 @@ class NanoVLMProcessor(ProcessorMixin):
         if images is not None:
             # Tensors stay on their device, and `device` moves them, only if tensors are returned.
             image_settings["return_tensors"] = return_tensors if return_tensors in ("pt", TensorType.PYTORCH) else None
-            images = self.image_processor.fetch_images(images)
-            if isinstance(images, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in images):
-                image_counts = [len(one) if isinstance(one, (list, tuple)) else 1 for one in images]
-                images = [image for one in images for image in (one if isinstance(one, (list, tuple)) else [one])]
-            else:
-                images = make_flat_list_of_images(images)
-                image_counts = [1] * len(images)
-            data.update(self.image_processor(images, **image_settings))
-        texts = [""] * len(image_counts) if text is None else [text] if isinstance(text, str) else list(text)
+            images = images_of_texts(images)
+            image_counts = [len(one) for one in images]
+            if any(image_counts):  # no text has an image: the model takes no `pixel_values`
+                data.update(self.image_processor([image for one in images for image in one], **image_settings))
+        texts = [""] * len(image_counts or []) if text is None else _texts(text)
         prompts = self._prompts(texts, image_counts)
         offsets = [self._replacement_offsets(*pair) for pair in zip(texts, prompts, strict=True)]
         if return_labels:
             prompts = [prompt + self.tokenizer.eos_token for prompt in prompts]
             text_settings["padding_side"] = "right"
+            returns_mask = text_settings.get("return_attention_mask") is not False
+            text_settings["return_attention_mask"] = True
         else:
             text_settings.setdefault("padding_side", "left")
         encoded = self.tokenizer(prompts, **text_settings)
@@ -174,18 +173,34 @@ class NanoVLMProcessor(ProcessorMixin):
                 [int(token == self.image_token_id) for token in ids] for ids in encoded["input_ids"]
             ]
         if return_labels:
-            hidden = {self.image_token_id, self.tokenizer.pad_token_id}
-            encoded["labels"] = [[-100 if token in hidden else token for token in ids] for ids in encoded["input_ids"]]
+            # By the mask rather than by the pad token, which may be `<eos>` as well.
+            encoded["labels"] = [
+                [token if kept and token != self.image_token_id else -100 for token, kept in zip(*row, strict=True)]
+                for row in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+            ]
+            if not returns_mask:
+                del encoded["attention_mask"]
         data.update(encoded)
         batch = BatchFeature(data=data, tensor_type=return_tensors)
         if return_offsets:
             batch["text_replacement_offsets"] = offsets
         return batch
 
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return a conversation, or each one in a list, as a prompt or as model inputs, as other processors do.
+
+        Raises:
+            ValueError: if there is no message, one is not a dictionary with a role, or a text in one is not a string.
+        """
+        is_batch = isinstance(conversation, (list, tuple)) and any(
+            isinstance(one, (list, tuple)) for one in conversation
+        )
+        for messages in conversation if is_batch else [conversation]:
+            _check_messages(getattr(messages, "messages", messages))  # of a `Chat` of the pipelines
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
     def _prompts(self, texts: list[str], image_counts: list[int] | None) -> list[str]:
         """Return the stripped texts, with `<image>` placeholders for those that have an image."""
-        if not all(isinstance(one, str) for one in texts):
-            raise ValueError("text must be a string or a list of strings")
         if image_counts is not None and len(image_counts) != len(texts):
             raise ValueError(f"{len(image_counts)} images and {len(texts)} texts: pass one text for each image")
         placeholder = self.image_token * self.image_seq_length
@@ -292,6 +307,37 @@ class NanoVLMProcessor(ProcessorMixin):
         # Version 5 nests the image processor in processor_config.json, which AutoImageProcessor of 4.57 does not read.
         self.image_processor.save_pretrained(folder)
         make_tokenizer_portable(folder)
+
+
+def _texts(text: Any) -> list[str]:
+    """Return a string or strings as a list, with each lone surrogate, which the tokenizer refuses, as U+FFFD."""
+    if isinstance(text, (Mapping, Set, bytes, bytearray)) or not isinstance(text, Iterable):
+        raise ValueError(f"text must be a string or a list of strings, not {type(text).__name__}")
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("text is an empty list: give at least one string")
+    for one in texts:
+        if not isinstance(one, str):
+            raise ValueError(f"text must be a string or a list of strings; this list has {type(one).__name__}")
+    return [one.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for one in texts]
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError("a conversation must be a list of messages, and have at least one")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError("a message of a conversation must be a dictionary with a role and a content")
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)) or not all(
+            isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content
+        ):
+            raise ValueError("the content of a message must be a string or a list of dictionaries with a type")
+        for part in content:
+            if part["type"] == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"a text of a message must be a string, not {type(part.get('text')).__name__}")
 
 
 __all__ = ["NanoVLMProcessor"]

@@ -19,6 +19,18 @@ from .pillow_nanovlm import central_square
 logger = logging.get_logger(__name__)
 
 FILTERS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers: those that PyTorch resizes with
+_TYPES = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+}
+_TYPES |= {torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
+_LARGEST = 3.4e38  # of a float32
 REDUCING_GAP = 3.0  # an image is first reduced to no less than three times the size, as in Pillow's `resize`
 
 
@@ -30,9 +42,16 @@ def to_tensor(image: Any, input_data_format: Any, settings: dict[str, Any]) -> t
         settings: of the image processor.
 
     Raises:
-        ValueError: if it is not an image, or has integers that are neither 8-bit values nor rescaled to 0..1.
+        ValueError: if it is not an image, has no pixels in memory, has values that are not finite, or integers that are
+            neither 8-bit values nor rescaled to 0..1.
     """
+    if is_torch_tensor(image) and (image.layout != torch.strided or image.is_meta or image.dtype not in _TYPES):
+        raise ValueError(
+            f"images must be dense tensors of ordinary numbers, not {image.dtype} with {image.layout} on {image.device}"
+        )
     array = image.detach() if is_torch_tensor(image) else to_numpy_array(image)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"images must have 2 or 3 dimensions, not {array.ndim}")
     channels_last = array.ndim > 2 and _channels_last(array, input_data_format)
     array = _values(array, settings)
     pixels = array if is_torch_tensor(array) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -84,6 +103,8 @@ def _values(array: Any, settings: dict[str, Any]) -> Any:
         array = array.long()  # PyTorch has no minimum of unsigned integers with more than 8 bits
         convert = array.to
     least, most = array.min(), array.max()
+    if not (float(least) >= -_LARGEST and float(most) <= _LARGEST):  # NaN is neither
+        raise ValueError("images must have pixels that are finite numbers of 32 bits: replace NaN and infinity first")
     if settings["do_rescale"] and least >= 0 and most <= 1:
         logger.warning_once(
             "Values from 0 to 1 are multiplied by rescale_factor again: give do_rescale=False for images that are "

@@ -272,6 +272,72 @@ def test_inputs_that_are_not_images_are_refused(image_processor):
         image_processor(random_image(), do_sharpen=True)
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        [],
+        (),
+        [[], []],
+        None,
+        5,
+        b"bytes",
+        {"image": 1},
+        [None],
+        [random_image(), None],
+        [[random_image()], None],
+        [[[random_image()]]],
+        [1, 2],
+        (one for one in [random_image()]),
+        np.float32(1),
+        np.zeros(9),
+        np.zeros((2, 3, 30, 30, 3)),
+        [np.zeros((30, 30, 3)), np.zeros((2, 30, 30, 3))],
+        [random_image(), np.zeros(9)],
+        np.array(["a", "b"]),
+        np.full((30, 30, 3), None),
+        np.zeros((0, 30, 3)),
+        Image.new("RGB", (0, 5)),
+        Image.new("F", (5, 5), float("nan")),
+        np.full((30, 30, 3), np.nan, np.float32),
+        np.full((30, 30), np.inf),
+        np.full((30, 30), 1e300),
+        torch.full((3, 30, 30), float("nan")),
+        torch.full((30, 30), -float("inf"), dtype=torch.bfloat16),
+        torch.zeros(3, 30, 30).to(torch.float8_e4m3fn),
+        torch.zeros(3, 30, 30).to_sparse(),
+        torch.zeros(3, 30, 30, device="meta"),
+        torch.zeros(3, 30, 30, dtype=torch.complex64),
+    ],
+    ids=lambda images: type(images).__name__,
+)
+def test_anything_but_images_with_finite_pixels_is_a_value_error(image_processor, images):
+    with pytest.raises(ValueError, match=r"image") as caught:
+        image_processor(images)
+    assert len(str(caught.value)) < 300
+
+
+def test_grey_arrays_of_two_dimensions_are_images(image_processor):
+    grey = random_image(size=(50, 40)).convert("L")
+    want = pixels_of(image_processor, grey)
+    array = np.asarray(grey)
+    tensor = torch.from_numpy(array.copy())
+    for same in (array, [array], (array,), array.astype(np.float32), tensor, [tensor, tensor]):
+        np.testing.assert_allclose(pixels_of(image_processor, same), want, atol=0.02)
+    assert image_processor([grey, array, tensor], return_tensors="pt")["pixel_values"].shape == (3, 3, 224, 224)
+
+
+def test_images_in_a_tuple_a_list_of_lists_and_a_batch(image_processor):
+    array = np.asarray(random_image())
+    for images in (
+        (array, array),
+        [[array], [array]],
+        [[array, array]],
+        np.stack([array] * 2),
+        [np.stack([array] * 2)],
+    ):
+        assert len(image_processor(images)["pixel_values"]) == 2
+
+
 def test_unsupported_arguments_are_refused(tmp_path, image_processor):
     for name, value in (
         ("crop_size", {"height": 32, "width": 32}),

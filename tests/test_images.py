@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -86,6 +87,169 @@ def test_size_limit_accounts_for_the_decoder():
         with pytest.raises(InputError, match="would take more than 1 GB"):
             open_image_file("photo", content)
         assert time.process_time() - start < 5
+
+
+def bitmap(width: int, height: int, data: bytes, compression: int = 1) -> bytes:
+    """Return a grey BMP of 8 bits; compression 1 stands for runs."""
+    start = 14 + 40 + 1024
+    header = struct.pack("<iiiHHIIiiII", 40, width, height, 1, 8, compression, len(data), 2835, 2835, 256, 0)
+    palette = b"".join(bytes((grey, grey, grey, 0)) for grey in range(256))
+    return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette + data
+
+
+def icon(kind: int, content: bytes) -> bytes:
+    return struct.pack("<HHHBBBBHHII", 0, kind, 1, 32, 32, 0, 0, 1, 8, len(content), 22) + content
+
+
+def icns(content: bytes) -> bytes:
+    chunk = b"ic09" + struct.pack(">I", 8 + len(content)) + content
+    return b"icns" + struct.pack(">I", 8 + len(chunk)) + chunk
+
+
+def chunks(kind: bytes, content: bytes, times: int = 1) -> bytes:
+    """Return a PNG with these chunks after its header."""
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    whole = encoded(scene(16, 16), "PNG")
+    return whole[:33] + chunk * times + whole[33:]
+
+
+def gif_with_comment(blocks: int) -> bytes:
+    whole = encoded(scene(8, 8).quantize(8), "GIF")
+    start = 13 + 3 * 2 ** ((whole[10] & 7) + 1)
+    return whole[:start] + b"!\xfe" + (b"\xff" + bytes(255)) * blocks + b"\0" + whole[start:]
+
+
+def segments(kind: int, content: bytes, times: int = 1) -> bytes:
+    """Return a JPEG with these segments at its start."""
+    segment = bytes((0xFF, kind)) + struct.pack(">H", len(content) + 2) + content
+    whole = encoded(scene(16, 16), "JPEG")
+    return whole[:2] + segment * times + whole[2:]
+
+
+def tags(number: int, size: int, kind: int = 7) -> bytes:
+    """Return TIFF or Exif data with many tags of the same `size` bytes."""
+    count = size // (2 if kind == 3 else 1)
+    entries = (struct.pack("<HHII", 400 + tag, kind, count, 8) for tag in range(number))
+    return (b"II*\0" + struct.pack("<IH", 8, number) + b"".join(entries) + bytes(4)).ljust(size + 8, b"\0")
+
+
+def jpeg_of_scans(scans: int, side: int = 10_000) -> bytes:
+    """Return a grey progressive JPEG in which many scans change nothing."""
+
+    def segment(kind: int, content: bytes) -> bytes:
+        return bytes((0xFF, kind)) + struct.pack(">H", len(content) + 2) + content
+
+    tables = segment(0xC4, bytes((0, 1, *[0] * 15, 0))) + segment(0xC4, bytes((0x10, 1, *[0] * 15, 0xE0)))
+    frame = segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\x01\x11\x00")
+    first = segment(0xDA, b"\x01\x01\x00\x00\x00\x00") + bytes(((side + 7) // 8) ** 2 // 8 + 1)
+    more = segment(0xDA, b"\x01\x01\x00\x01\x3f\x00") + b"\x7f\xff\x00"
+    return b"\xff\xd8" + segment(0xDB, b"\0" + b"\1" * 64) + frame + tables + first + more * scans + b"\xff\xd9"
+
+
+def tiff_of_jpeg(content: bytes, side: int) -> bytes:
+    """Return a TIFF with one strip that is a grey JPEG."""
+    values = {256: side, 257: side, 258: 8, 259: 7, 262: 1, 273: 8, 277: 1, 278: side, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    return (
+        struct.pack("<2sHI", b"II", 42, 8 + len(content))
+        + content
+        + struct.pack("<H", len(values))
+        + entries
+        + bytes(4)
+    )
+
+
+SKIP = b"\x01\x05\x00\x02\x00\xff"  # a pixel, then 255 rows further
+LINE_END = b"\x01\x05\x00\x00"
+BLP_OF_JPEG = struct.pack("<4siIIIiI", b"BLP1", 0, 0, 16, 16, 5, 0) + bytes(200)
+EXCESSIVE = {
+    "skipped rows": lambda: bitmap(20_000_000, 2, SKIP),
+    "skipped rows of 4 million": lambda: bitmap(4_000_000, 1, SKIP),
+    "a line without end": lambda: bitmap(120_000_000, 1, LINE_END),
+    "runs without pixels": lambda: bitmap(50, 50, bytes(9_000_000)),
+    "runs of 4 bits": lambda: bitmap(20_000_000, 2, SKIP, compression=2),
+    "runs in a DIB": lambda: bitmap(20_000_000, 4, SKIP)[14:],
+    "runs in a cursor": lambda: icon(2, bitmap(20_000_000, 4, SKIP)[14:]),
+    "runs in an icon": lambda: icon(1, bitmap(3_000, 4, SKIP)[14:]),
+    "a large bitmap in an icon": lambda: icon(1, bitmap(30_000, 4_000, bytes(99), compression=0)[14:]),
+    "a large PNG in an icon": lambda: icon(1, png_header(10_000, 10_000)),
+    "a large PNG in an ICNS": lambda: icns(png_header(12_000, 12_000)),
+    "a JPEG in a BLP": lambda: BLP_OF_JPEG,
+    "a comment in a GIF": lambda: gif_with_comment(16_000),
+    "chunks of a PNG": lambda: chunks(b"tEXt", b"", 20_000),
+    "Exif segments": lambda: segments(0xE1, b"Exif\0\0" + bytes(65_000), 20),
+    "segments": lambda: segments(0xFE, b"", 20_000),
+    "junk between segments": lambda: encoded(scene(16, 16), "JPEG")[:20] + bytes(100_000),
+    "overlapping tags in Exif data": lambda: segments(0xE1, b"Exif\0\0" + tags(4_000, 50_000)),
+    "overlapping tags in an MPO": lambda: segments(0xE2, b"MPF\0" + tags(4_000, 50_000, 3)),
+    "overlapping tags in an AVIF": lambda: bytes(4) + b"ftypavif" + tags(60_000, 800_000),
+    "overlapping tags in a TIFF": lambda: tags(60_000, 800_000),
+    "numbers of a TIFF": lambda: tags(1, 600_000, 3),
+    "comments of a PGM": lambda: b"P2\n8 8\n255\n" + b"#\n" * 20_000 + b" 1" * 64,
+    "comments of a PBM": lambda: b"P1\n8 8\n" + b"#\n" * 20_000 + b" 1" * 64,
+    "comments of a PPM": lambda: b"P3\n8 8\n255\n" + b"#\n" * 20_000 + b" 1" * 192,
+    "comments in the header of a PPM": lambda: b"P6\n" + b"#\n" * 20_000 + b"8 8\n255\n" + bytes(192),
+    "a large PBM in digits": lambda: b"P1\n6000 6000\n1 0",
+    "a large PPM in digits": lambda: b"P3\n2000 2000\n255\n1 2 3",
+    "a large PPM of 16 bits": lambda: b"P6\n2000 2000\n65535\n" + bytes(99),
+    "a large QOI": lambda: b"qoif" + struct.pack(">IIBB", 4000, 4000, 3, 0) + bytes(99),
+    "a large XPM": lambda: b'/* XPM */\nstatic\n"5000 4000 1 1",\n"a c #010203",\n"a',
+    "scans": lambda: jpeg_of_scans(600),
+    "scans in a TIFF": lambda: tiff_of_jpeg(jpeg_of_scans(90), 10_000),
+}
+
+
+@pytest.mark.parametrize("kind", EXCESSIVE)
+def test_file_that_takes_long_is_refused_at_once(kind):
+    content = EXCESSIVE[kind]()
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"^photo: .*(save it again|reduce the image)") as caught:
+        open_image_file("photo", content)
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("size", [60, 600_000], ids=["small", "large"])
+def test_exif_data_that_take_too_much_memory_are_not_read(size):
+    for format, where in (("PNG", b"eXIf"), ("WEBP", None)):
+        exif = tags(size // 20, size)
+        if where:
+            content = chunks(where, exif)
+        else:
+            harmless = b"II*\0" + struct.pack("<I", 8) + bytes(2) + b"\7" * (len(exif) - 10)
+            content = encoded(scene(16, 16), format, exif=harmless).replace(harmless, exif)
+        start = time.process_time()
+        assert open_image_file("photo", content).size == (16, 16)
+        assert time.process_time() - start < 2
+
+
+ORDINARY = {
+    "runs": lambda: bitmap(40, 30, b"\x28\x05\0\0" * 30),
+    "a comment in a GIF": lambda: gif_with_comment(1_000),
+    "texts of a PNG": lambda: chunks(b"tEXt", b"Comment\0a", 2_000),
+    "Exif segments": lambda: segments(0xE1, b"Exif\0\0" + bytes(65_000), 3),
+    "a long profile": lambda: segments(0xE2, b"ICC_PROFILE\0\1\1" + bytes(65_000), 60),
+    "extended XMP": lambda: segments(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(65_000), 300),
+    "a film after a JPEG": lambda: encoded(scene(16, 16), "JPEG") + b"\xff\xda" * 100_000,
+    "an icon in an ICNS": lambda: icns(encoded(scene(512, 512), "PNG")),
+    "a PGM with comments": lambda: b"P2\n8 8\n#\n255\n" + b"#\n" * 100 + b" 1" * 64,
+    "scans of a small JPEG": lambda: jpeg_of_scans(200, side=80),
+    "a TIFF of a JPEG": lambda: tiff_of_jpeg(jpeg_of_scans(20, side=80), 80),
+}
+
+
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_ordinary_file_of_the_same_kind_is_read(kind):
+    assert open_image_file("photo", ORDINARY[kind]()).mode == "RGB"
+
+
+@pytest.mark.parametrize("most", [0.5, 1.0, 200.0, 40_000.0], ids=str)
+def test_floats_are_read_in_the_range_that_they_use(most):
+    values = np.full((20, 20), 0.9 * most, np.float32)
+    values[0, 0] = most
+    white = 1.0 if most <= 1 else 255.0 if most <= 255 else 65535.0
+    pixels = np.asarray(open_image_file("photo", encoded(Image.fromarray(values), "TIFF")))
+    assert abs(int(pixels[9, 9, 0]) - 255 * 0.9 * most / white) <= 1
 
 
 def test_error_names_the_invalid_file(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import shutil
 import subprocess
 import sys
@@ -201,6 +202,67 @@ def test_texts_may_have_no_image(processor):
     assert (inputs["input_ids"] == IMAGE).sum(1).tolist() == [0, processor.image_seq_length]
 
 
+def test_no_text_has_an_image(processor, model):
+    inputs = processor(images=[[], []], text=["A", "A big"], return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 2
+
+
+def test_batches_may_be_tuples(processor):
+    images, texts = zip(*[(random_image(0), "A"), (random_image(1), "A big")], strict=True)
+    inputs = processor(images=images, text=texts, return_tensors="pt")
+    want = processor(images=list(images), text=list(texts), return_tensors="pt")
+    assert all(torch.equal(inputs[name], want[name]) for name in want)
+
+
+def test_labels_keep_the_end_of_text_if_it_is_the_pad_token(tokenizer):
+    processor = tiny_processor(copy.deepcopy(tokenizer))
+    arguments = {"images": [random_image(0), random_image(1)], "text": ["There is a big", "A"], "return_labels": True}
+    want = processor(**arguments, return_tensors="pt")
+    processor.tokenizer.pad_token = "<eos>"
+    got = processor(**arguments, return_tensors="pt")
+    assert torch.equal(got["labels"], want["labels"])
+    assert (got["labels"] == EOS).sum(1).tolist() == [1, 1]
+    bare = processor(**arguments, return_tensors="pt", return_attention_mask=False)
+    assert torch.equal(bare["labels"], want["labels"])
+    assert "attention_mask" not in bare
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a \udc36 dog", "\udc36\ud83d", "<image> \ud800"])
+def test_lone_surrogates_are_replaced(processor, text):
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    for texts in ((text, clean), ([text, "A"], [clean, "A"])):
+        got, want = (processor(images=[random_image()] * (1 + isinstance(one, list)), text=one) for one in texts)
+        assert got["input_ids"] == want["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        [],
+        (),
+        [[]],
+        None,
+        "hello",
+        {},
+        [None],
+        ["hello"],
+        [{}],
+        [{"content": "A"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": ["A"]}],
+        [{"role": "user", "content": [{"text": "A"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": None}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [[{"role": "user", "content": "A"}], [{"role": "user", "content": [{"type": "text", "text": 5}]}]],
+    ],
+    ids=str,
+)
+def test_invalid_conversations_are_refused(tokenizer, conversation):
+    with pytest.raises(ValueError, match=r"conversation|message"):
+        tiny_processor(tokenizer).apply_chat_template(conversation)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -209,7 +271,16 @@ def test_texts_may_have_no_image(processor):
         ({"images": random_image(), "text": "A <image> <image>"}, "one image for each text"),
         ({"images": [[random_image(0), random_image(1)]], "text": ["A"]}, "one image for each text"),
         ({"images": [[]], "text": ["<image> A"]}, "one image for each text"),
-        ({"images": random_image(), "text": [["A"]]}, "a string or a list of strings"),
+        *(
+            ({"images": random_image(), "text": text}, "a string or a list of strings")
+            for text in ([["A"]], 5, {"a": 1}, {"A"}, b"A", [None], ["A", 1])
+        ),
+        ({"text": []}, "text is an empty list"),
+        ({"images": [], "text": []}, "images is an empty list"),
+        *(
+            ({"images": images, "text": ["A", "A"]}, "images must be")
+            for images in ([random_image(), None], [[random_image()], None], {"a": 1}, b"A", 5, iter([random_image()]))
+        ),
         ({"videos": [[random_image()]], "text": "A"}, "videos: this model takes images and text only"),
         ({"images": random_image(), "audio": [0.0]}, "audio: this model takes images and text only"),
     ],
