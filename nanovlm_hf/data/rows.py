@@ -145,19 +145,21 @@ def check_columns(rows: Any, where: str, needed: Iterable[str]) -> None:
                 raise InputError(f"{where}: its column {name!r} has missing values")
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether an Arrow type is one of strings."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _is_texts(kind: pa.DataType) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type)
+def is_texts(kind: pa.DataType) -> bool:
+    """Return whether an Arrow type is one of lists of strings."""
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_text(kind.value_type)
 
 
 # Columns of a dataset by name: what they hold, and whether an Arrow type is of that kind.
 COLUMN_TYPES: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "image_id": ("whole numbers", pa.types.is_integer),
-    "description": ("strings", _is_text),
-    "captions": ("lists of strings", _is_texts),
+    "description": ("strings", is_text),
+    "captions": ("lists of strings", is_texts),
 }
 
 

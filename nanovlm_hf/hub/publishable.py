@@ -92,12 +92,25 @@ def _check_private(shown: Path, path: Path) -> None:
                 raise InputError(f"{shown}: not a PNG image: remove it, or plot it again")
         return
     text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
+    check_private(text, str(shown), paths=name not in _VOCABULARIES)
+
+
+def check_private(text: str, where: str, paths: bool = True) -> None:
+    """Check that a text to publish holds nothing private.
+
+    Args:
+        where: file or field for errors.
+        paths: whether to look for the paths of home directories as well.
+
+    Raises:
+        InputError: if it holds a token, key or password, or the path of a home directory.
+    """
     token = get_token()
     if holds_secret(text) or (token is not None and len(token) >= 8 and token in text):
-        raise InputError(f"{shown}: it contains a token, key or password: remove it before publishing")
+        raise InputError(f"{where}: it contains a token, key or password: remove it before publishing")
     home = str(Path.home())
-    if name not in _VOCABULARIES and (_HOME.search(text) or (home.count("/") > 1 and f"{home}/" in text)):
-        raise InputError(f"{shown}: it contains the path of a home directory: remove it before publishing")
+    if paths and (_HOME.search(text) or (home.count("/") > 1 and f"{home}/" in text)):
+        raise InputError(f"{where}: it contains the path of a home directory: remove it before publishing")
 
 
 def _text(shown: Path, path: Path) -> str:
