@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError, scrub, warn
 from ..extras import require
+from . import options
 from .data_output import read_about
 
 
@@ -21,7 +22,11 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make the repositories private.")] = False,
     to_folder: Annotated[
         Path | None,
-        typer.Option(help="Write the two repositories to this folder instead of uploading them.", show_default="none"),
+        typer.Option(
+            callback=options.output_folder,
+            help="Write the two repositories to this folder instead of uploading them.",
+            show_default="none",
+        ),
     ] = None,
     license: Annotated[
         str | None,
