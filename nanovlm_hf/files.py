@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 
 from filelock import FileLock, Timeout
 
-from .errors import InputError, first_line, printable, scrub
+from .errors import InputError, UsageError, first_line, printable, scrub
 
 T = TypeVar("T")
 
@@ -130,18 +130,22 @@ def read_text(path: str | Path, max_bytes: int | None = None) -> str:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
-def parse_json(text: str, where: str | Path) -> Any:
+def parse_json(text: str, where: str | Path, unique: bool = False) -> Any:
     """Parse untrusted JSON; lone surrogates become U+FFFD, so that the content can be encoded again.
 
     Args:
         where: source for the error message: a file, or a file and line.
+        unique: refuse an object that has a name twice, of which JSON readers keep the last.
 
     Raises:
-        InputError: if the text is not JSON, is nested too deeply or contains a number of too many digits.
+        InputError: if the text is not JSON, is nested too deeply, contains a number of too many digits or, if `unique`,
+            a name twice.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique if unique else None)
         return without_surrogates(content) if "\\u" in text else content
+    except _NameTwiceError as error:
+        raise InputError(f"{where}: {scrub(str(error), 40)}: it appears twice: remove one") from None
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{where}: not JSON ({error.msg}, {place})") from None
@@ -149,6 +153,20 @@ def parse_json(text: str, where: str | Path) -> Any:
         raise InputError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:  # a number with thousands of digits
         raise InputError(f"{where}: not JSON ({first_line(error)})") from None
+
+
+class _NameTwiceError(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _NameTwiceError(
+            next(name for name in names if content.pop(name, names) is names)
+        )  # the first that is repeated
+    return content
 
 
 def without_surrogates(content: Any) -> Any:
@@ -168,7 +186,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         InputError: as `read_text` and `parse_json`.
     """
-    return parse_json(read_text(path), path)
+    return parse_json(read_text(path), path, unique=True)
 
 
 def read_jsonl(path: str | Path, skip_unfinished: bool = False) -> Iterator[tuple[int, Any]]:
@@ -200,7 +218,7 @@ def parse_jsonl(text: str, where: str | Path) -> Iterator[tuple[int, Any]]:
 def _parse_lines(lines: Iterable[str], where: str | Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield number, parse_json(line, f"{where}: line {number}")
+            yield number, parse_json(line, f"{where}: line {number}", unique=True)
 
 
 def _finished_lines(path: str | Path) -> Iterator[str]:
@@ -300,6 +318,38 @@ def validate(content: Any, kind: type[T] | Any, where: str | Path) -> T:
         raise InputError(f"{where}: {f'{scrub(field, 80)}: ' if field else ''}{scrub(message)}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
+
+
+def check_output(path: Path, option: str, folder: bool) -> None:
+    """Check that a file or folder can be written, before the work that leads to it.
+
+    Args:
+        option: for errors, such as `--out`.
+        folder: whether it is a folder, which is made with its parents, or a file in a folder that exists.
+
+    Raises:
+        UsageError: if it cannot be written, with the remedy.
+    """
+    shown = f"{option} {printable(path)}"
+    try:
+        if not folder and path.is_dir():
+            raise UsageError(f"{shown}: this is a folder: name a file")
+        if folder and (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise UsageError(f"{shown}: this is a file: name a folder")
+        place = path if folder else path.parent
+        if not folder and not place.exists():
+            raise UsageError(f"{shown}: there is no folder {printable(place)}: make it, or name another")
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise UsageError(f"{shown}: {printable(place)} is a file: name another folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UsageError(f"{shown}: {printable(place)} may not be written: check its permissions, or name another")
+    except (OSError, ValueError) as error:  # a name that is too long, a loop of symbolic links, a null byte
+        if isinstance(error, UsageError):
+            raise
+        problem = getattr(error, "strerror", None) or first_line(error)
+        raise UsageError(f"{shown}: cannot be written ({problem}): name another") from None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from huggingface_hub import ModelCard
 from nanovlm_hf import SHIPPED, InputError
 from nanovlm_hf.errors import UsageError, printable
 from nanovlm_hf.hub import gallery, model_card
+from nanovlm_hf.hub.dataset_card import read_card
 from nanovlm_hf.training import arguments as train_arguments
 from nanovlm_hf.training import compare, compute, lineage, record
 from nanovlm_hf.training.run_directory import RECORD, RunDirectory
@@ -563,3 +565,13 @@ def test_the_table_of_experiments_is_what_was_measured(folder):
     assert f"| {' | '.join(compare.row(folder))} |" in text
     assert compare.commands([folder]) in text
     assert "/root" not in (folder / RECORD).read_text()
+
+
+def test_a_card_with_many_beginnings_is_read_in_linear_time(tmp_path):
+    front = "---\nlicense: mit\nconfigs: []\n---\n"
+    (tmp_path / "README.md").write_text(front + "<!-- about -->\n" * 30_000)
+    begin = time.process_time()
+    assert read_card(tmp_path).about == ""
+    assert time.process_time() - begin < 1
+    (tmp_path / "README.md").write_text(f"{front}<!-- about -->\na\n<!-- about -->\nb\n<!-- end of about -->\n")
+    assert read_card(tmp_path).about == "a\n<!-- about -->\nb"

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 from nanovlm_hf import NanoVLMConfig
 from nanovlm_hf.checkpoints import SHIPPED
+from nanovlm_hf.cli.command import app
 from nanovlm_hf.completion import BATCH_SIZE
+from nanovlm_hf.evaluation.calibration import paper_outputs
 
 from helpers.image_files import png_header
 from helpers.models import random_image, tiny_model, tiny_processor
@@ -361,3 +364,98 @@ def test_every_released_checkpoint_by_its_short_name(run, photo, name):
     code, lines, errors = run("complete", photo, "--model", name, "--prefix", "There is a", "--max-new-tokens", 8)
     assert code == 0, errors
     assert lines[0].startswith("There is a ")
+
+
+def _numbers(command, path=()):
+    """Yield the path of each command with each of its options that takes a number."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _numbers(below, (*path, name))
+    yield from ((path, one) for one in command.params if one.type_descriptor.annotation in (int, float))
+
+
+def test_numbers_that_never_end_are_refused():
+    """A seed may have any size; the other bounds are checked with a message that gives the reason."""
+    unbounded = {"seed", "concurrency", "temperature", "judge_temperature", "max_cost"}
+    found = list(_numbers(typer.main.get_command(app)))
+    assert len(found) > 30
+    for path, option in found:
+        assert option.name in unbounded or getattr(option, "max", None) is not None, (*path, option.name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "describe", "--captions", "c.json", "--out", "o", "--attempts"),
+        ("data", "describe", "--captions", "c.json", "--out", "o", "--tries"),
+        ("evaluate", "judge", "--completions", "paper", "--out", "o", "--dry-run", "--repeats"),
+        ("complete", "--num-beams"),
+        ("data", "ingest", "--captions", "c.json", "--out", "o", "--workers"),
+    ],
+)
+@pytest.mark.parametrize("number", ["1000000000", "9" * 5000])
+def test_an_absurd_number_is_refused(run, arguments, number):
+    code, _, errors = run(*arguments, number)
+    assert code == 2
+    assert arguments[-1] in only_line(errors)
+
+
+WRITE_FOLDER = [
+    ("data", "build", "--captions", "c.json", "--descriptions", "d.jsonl", "--text-only", "--out"),
+    ("data", "describe", "--captions", "c.json", "--out"),
+    ("data", "ingest", "--captions", "c.json", "--out"),
+    ("data", "join", "--dataset", "d", "--images", "i", "--out"),
+    ("data", "push", "--dataset", "d", "--to-folder"),
+    ("data", "tokenizer", "--dataset", "d", "--out"),
+    ("evaluate", "--model", "m", "--dataset", "d", "--out"),
+    ("evaluate", "judge", "--completions", "paper", "--out"),
+    ("evaluate", "sheet", "--completions", "c.jsonl", "--out"),
+    ("export", "m", "--out"),
+]
+WRITE_FILE = [
+    ("evaluate", "human-sheet", "--completions", "c.jsonl", "--out"),
+    ("evaluate", "human-score", "--key", "k.json", "--ratings", "r.json", "--out"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "problem"),
+    [
+        *((command, "file", "this is a file: name a folder") for command in WRITE_FOLDER),
+        *((command, "file/below", "file is a file: name another folder") for command in WRITE_FOLDER),
+        *((command, "n" * 300, "cannot be written (File name too long): name another") for command in WRITE_FOLDER),
+        *((command, "no/such/x.html", "there is no folder no/such: make it") for command in WRITE_FILE),
+        *((command, "file/x.html", "file is a file: name another folder") for command in WRITE_FILE),
+        *((command, "folder.html", "this is a folder: name a file") for command in WRITE_FILE),
+        *((command, "", "this is a folder: name a file") for command in WRITE_FILE),
+    ],
+)
+def test_what_cannot_be_written_is_refused_with_the_option(run, tmp_path, monkeypatch, command, name, problem):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.html").mkdir()
+    code, _, errors = run(*command, name)
+    line = only_line(errors)
+    assert problem in line
+    assert "Errno" not in line
+    assert "unexpected" not in line
+    assert code == 2
+    assert f"{command[-1]} {name}"[:40].strip() in line
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_sheet_in_a_folder_without_a_name(run, tmp_path, monkeypatch, name):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    code, _, errors = run("evaluate", "sheet", "--completions", paper_outputs(), "--no-calibration", "--out", name)
+    if name in ("", "."):
+        assert (code, errors) == (0, [])
+        assert (tmp_path / "a" / "b.key.json").exists()
+    else:
+        assert code == 2
+        assert f"--out {name}: it exists" in only_line(errors)
+
+
+def test_grades_in_the_root_folder_have_no_key(run, tmp_path):
+    code, _, errors = run("evaluate", "judge", "--grades", "/x.csv", "--grader", "A", "--out", tmp_path / "out")
+    assert code == 2
+    assert "no place for a key next to it" in only_line(errors)

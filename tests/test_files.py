@@ -185,3 +185,16 @@ with locked(sys.argv[1], "busy"):
     time.sleep(1)
     os._exit(7)
 """
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"a": 1, "b": 2, "a": 3}', '[{"b": {"a": 1, "a": 1}}]', '{"a": {}, "a": {"a": 1}}', '{"a": 1, "\\u0061": 2}'],
+)
+def test_a_name_twice_in_an_object_is_refused_in_files(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    for read in (read_json, lambda path: list(read_jsonl(path))):
+        with pytest.raises(InputError, match=r"x\.json: (line 1: )?a: it appears twice: remove one"):
+            read(path)
+    parse_json(content, "a reply")  # replies that were paid for are read

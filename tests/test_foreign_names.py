@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image as PILImage
 from nanovlm_hf import InputError, NanoVLMImageProcessor
 from nanovlm_hf.data.build import build_dataset
 from nanovlm_hf.data.join import join_images
-from nanovlm_hf.data.rows import load
+from nanovlm_hf.data.rows import _is_own_file, configs_of, files_of, load
 from nanovlm_hf.data.schema import IMAGE_SCHEMA, TEXT_SCHEMA
 from nanovlm_hf.evaluation.items import items_of_dataset, load_rows, open_image
 from nanovlm_hf.hub import dataset_card
@@ -281,6 +282,96 @@ def test_a_card_that_names_other_files_is_refused(secret, tmp_path, pattern):
     OPENED.clear()
     with pytest.raises(InputError, match="names a file outside the dataset"):
         load(str(folder), "short")
+
+
+@pytest.fixture
+def port():
+    """A port on which nobody may call."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server.getsockname()[1]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "form", ["'{}'", "['{}']", "[{{split: train, path: '{}'}}]", "[{{split: train, path: ['{}']}}]"]
+)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "zip://x.parquet::{private}/s.zip",
+        "zip://x.parquet::s.zip",
+        "file://{private}/x.parquet",
+        "file:{private}/x.parquet",
+        "short/../../private/x.parquet",
+        "http://127.0.0.1:{port}/x.parquet",
+        "HTTPS://127.0.0.1:{port}/*.parquet",
+        "zip://*.parquet::http://127.0.0.1:{port}/s.zip",
+        "hf://datasets/other/private@main/x.parquet",
+        "//[::1/x.parquet",
+    ],
+)
+def test_a_card_that_names_addresses_or_archives_is_refused_before_they_are_opened(
+    tmp_path, monkeypatch, port, path, form, file
+):
+    folder, private = tmp_path / "data", tmp_path / "private"
+    (folder / "sub").mkdir(parents=True)
+    private.mkdir()
+    data_files = form.format(path.format(private=private, port=port))
+    front = f"configs:\n- config_name: other\n- config_name: short\n  data_files: {data_files}\n"
+    (folder / file).write_text(f"---\n{front}---\n" if file == "README.md" else front)
+    monkeypatch.chdir(folder / "sub")
+    for read in (lambda: load("..", "short"), lambda: configs_of(str(folder)), lambda: files_of("..", "other")):
+        with pytest.raises(InputError, match=rf"its {file} names a file outside the dataset .*: name files"):
+            read()
+
+
+def test_a_card_of_a_foreign_folder_is_refused(tmp_path):
+    front = "configs:\n- config_name: short\n  data_dir: ../private\n"
+    (tmp_path / "README.md").write_text(f"---\n{front}---\n")
+    with pytest.raises(InputError, match="names a file outside"):
+        load(str(tmp_path), "short")
+
+
+def test_a_card_on_the_hub_that_names_other_files_is_refused_before_they_are_opened(tmp_path, monkeypatch, port):
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nconfigs:\n- config_name: short\n  data_files: http://127.0.0.1:{port}/x.parquet\n---\n")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(card))
+    for read in (lambda: load("someone/ShortDesc", "short"), lambda: configs_of("someone/ShortDesc")):
+        with pytest.raises(InputError, match="names a file outside"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [
+        ("hf://datasets/someone/ShortDesc@abc/short/train.parquet", True),
+        ("hf://datasets/someone/Other@abc/short/train.parquet", False),
+        ("zip://x.parquet::hf://datasets/someone/ShortDesc@abc/s.zip", False),
+        ("hf://datasets/someone/ShortDesc@abc/s.zip::zip://x", False),
+        ("http://127.0.0.1/x.parquet", False),
+        ("/etc/x.parquet", False),
+    ],
+)
+def test_a_dataset_on_the_hub_has_files_of_its_repository_alone(path, own):
+    for name in ("someone/ShortDesc", "hf://datasets/someone/ShortDesc"):
+        assert _is_own_file(name, path) == own
+
+
+def test_many_blank_lines_in_a_card_take_no_time(tmp_path):
+    (tmp_path / "README.md").write_text("---\n" + "\n" * 500_000)
+    with pytest.raises(InputError, match="blank lines"):
+        load(str(tmp_path), "short")
+
+
+@pytest.mark.parametrize(("folder", "name"), [("", "."), ("", "./"), ("short", ".."), ("short", "../../data")])
+def test_the_working_folder_is_a_dataset(tmp_path, monkeypatch, folder, name):
+    with_photos(tmp_path / "data", [PHOTO])
+    monkeypatch.chdir(tmp_path / "data" / folder)
+    assert configs_of(name) == ["short"]
+    assert len(load(name, "short", split="test")) == 1
 
 
 def test_a_dataset_behind_a_link_is_read(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 
@@ -291,3 +293,63 @@ def test_to_folder_writes_what_would_be_uploaded(run, dataset, tmp_path):
     assert code == 1
     assert "no finished dataset" in errors[0]
     assert run("data", "push", "--dataset", dataset)[0] == 2
+
+
+def changed(rows, column, value):
+    return rows.set_column(rows.column_names.index(column), column, pa.array([value] * len(rows)))
+
+
+TOKEN = "hf_" + "a1B2" * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda rows: rows.append_column("note", pa.array(["x"] * len(rows))), "column 'note': it is not one of"),
+        (lambda rows: changed(rows, "source", f"by {TOKEN}"), "column 'source': it contains a token"),
+        (lambda rows: changed(rows, "captions", ["a dog", TOKEN]), "column 'captions': it contains a token"),
+        (
+            lambda rows: changed(rows, "description", "see /home/alice/x"),
+            "it contains the path of a home",
+        ),
+        (
+            lambda rows: changed(rows, "coco_url", "http://me:secret@host/x.jpg"),
+            "'coco_url': it contains a token",
+        ),
+        (lambda rows: changed(rows, "image", {"bytes": b"x", "path": "/home/alice/passport.jpg"}), "path of a home"),
+        (lambda rows: changed(rows, "image", {"bytes": b"x", "path": "/data/private/a.jpg"}), "without a folder"),
+        (lambda rows: changed(rows, "image", {"bytes": b"x", "path": "D:\\private\\a.jpg"}), "without a folder"),
+        (
+            lambda rows: changed(rows, "image", {"bytes": b"x", "path": "a.jpg", "note": "x"}),
+            "it has the type",
+        ),
+        (lambda rows: changed(rows, "captions", [{"a": TOKEN}]), "column 'captions': it has the type"),
+        (lambda rows: rows.append_column("file_name", pa.array(["/mnt/x.jpg"] * len(rows))), "leads out of"),
+        (
+            lambda rows: rows.replace_schema_metadata({"author": "/home/alice/data"}),
+            "its metadata: it contains",
+        ),
+    ],
+)
+def test_what_is_private_is_not_published(run, dataset, tmp_path, change, problem):
+    copy = tmp_path / "data"
+    shutil.copytree(dataset, copy)
+    path = sorted(copy.glob("short/train-*.parquet"))[0]
+    rows = change(pq.read_table(path))
+    path.unlink()
+    pq.write_table(rows, path)
+    code, _, errors = run("data", "push", "--dataset", copy, "--to-folder", tmp_path / "out")
+    line = only_line(errors)
+    assert code == 1
+    assert problem in line
+    assert path.name in line
+    assert TOKEN not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_private_text_about_the_origin_is_not_published(run, dataset, tmp_path):
+    about = tmp_path / "about.md"
+    about.write_text("Made from /home/alice/photos")
+    code, _, errors = run("data", "push", "--dataset", dataset, "--to-folder", tmp_path / "out", "--about", about)
+    assert code == 1
+    assert "--about" in only_line(errors)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -161,3 +162,104 @@ def test_metadata_behind_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     (folder / "metadata.jsonl").symlink_to(tmp_path / "outside.jsonl")
     with pytest.raises(InputError, match="leads out of this folder"):
         read_image_folder(folder)
+
+
+@pytest.mark.parametrize("none", [None, [], "", " ", [None], [" "]])
+@pytest.mark.parametrize("columns", [("captions", "caption"), ("captions", "text"), ("caption", "text")])
+def test_the_first_column_with_a_text_counts(folder, none, columns):
+    metadata(folder, {"file_name": "a.jpg"} | dict(zip(columns, (none, "a red thing"), strict=True)))
+    (photo,) = read_image_folder(folder)
+    assert photo.captions == ["a red thing"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("image_id", [None, 7])
+def test_a_row_for_each_caption(folder, kind, image_id):
+    rows = [{"file_name": "a.jpg", "caption": text, "image_id": image_id} for text in ("a dog", "a cat", "a cow")]
+    if kind == "csv":
+        lines = (f"{row['file_name']},{row['caption']},{row['image_id'] or ''}" for row in rows)
+        metadata(folder, "file_name,caption,image_id\n" + "\n".join(lines), "metadata.csv")
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
+    else:
+        metadata(folder, "\n".join(map(json.dumps, rows)))
+    (photo,) = read_image_folder(folder)
+    assert photo.captions == ["a dog", "a cat", "a cow"]
+    assert image_id in (None, photo.image_id)
+
+
+def test_two_images_with_the_same_id_are_refused(folder):
+    rows = [{"file_name": name, "caption": "a dog", "image_id": 7} for name in ("a.jpg", "b.jpg")]
+    metadata(folder, "\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="line 2: image_id 7 is a duplicate: change one"):
+        read_image_folder(folder)
+
+
+FAR = 2**62  # a time that Python cannot represent
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([FAR], pa.timestamp("us")),
+        pa.array([FAR], pa.duration("s")),
+        pa.array([FAR], pa.timestamp("us", "Nowhere/Unknown")),
+        pa.array([FAR], pa.date64()),
+        pa.array([[FAR]], pa.list_(pa.duration("s"))),
+        pa.array([b"\xff"], pa.binary()),
+        pa.array([{"a": FAR}], pa.struct({"a": pa.timestamp("us")})),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_columns_of_odd_types_in_parquet(folder, column):
+    known = {"file_name": ["a.jpg"], "caption": ["a dog"], "image_id": [7]}
+    pq.write_table(pa.table(known | {"taken": column}), folder / "metadata.parquet")
+    (photo,) = read_image_folder(folder)
+    assert (photo.image_id, photo.captions) == (7, ["a dog"])
+    for name in known:
+        pq.write_table(pa.table(known | {name: column}), folder / "metadata.parquet")
+        with pytest.raises(InputError, match=r"metadata.parquet: (row 0|not a Parquet file that can be read)"):
+            read_image_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"image": ["a.jpg"]}, r"no column file_name \(columns: image\)"),
+        ({"file_name": ["a.jpg"]}, "no column captions"),
+    ],
+)
+def test_missing_columns_in_parquet(folder, columns, problem):
+    pq.write_table(pa.table(columns), folder / "metadata.parquet")
+    with pytest.raises(InputError, match=problem):
+        read_image_folder(folder)
+
+
+def repeated(text, number):
+    """Return a column that holds the same text any number of times, in the memory of one."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(number, np.int32)), [text])
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        (lambda: {"file_name": repeated("a.jpg", 400_000), "caption": repeated("a", 400_000)}, "row 1: .* duplicate"),
+        (lambda: {"file_name": repeated("a.jpg", 6_000_000), "caption": repeated("a", 6_000_000)}, "divide it"),
+        (lambda: {"file_name": [f"{i}.jpg" for i in range(256)], "caption": repeated("a" * 2**23, 256)}, "divide it"),
+        (
+            lambda: {
+                "file_name": ["a.jpg"],
+                "captions": pa.ListArray.from_arrays(pa.array([0, 6_000_000], pa.int32()), repeated("a", 6_000_000)),
+            },
+            "divide it",
+        ),
+    ],
+)
+def test_a_small_parquet_file_that_expands_is_refused(folder, table, problem):
+    path = folder / "metadata.parquet"
+    pq.write_table(pa.table(table()), path, compression="zstd", row_group_size=10**7)
+    assert path.stat().st_size < 100_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(InputError, match=problem):
+        read_image_folder(folder)
+    assert pa.total_allocated_bytes() - before < 2**26

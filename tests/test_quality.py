@@ -4,6 +4,7 @@ from nanovlm_hf import InputError
 from nanovlm_hf.data import quality
 from nanovlm_hf.data.describe import messages_of, packaged_prompt
 from nanovlm_hf.data.vocabulary import in_vocabulary, vocabulary_of
+from nanovlm_hf.errors import UsageError
 from nanovlm_hf.variants import VARIANTS
 from nanovlm_hf.words import words
 
@@ -221,3 +222,11 @@ def test_captions_cannot_forge_the_delimiter():
     assert after == ""
     assert inside.startswith("1. a dog\n2. ")
     assert not set(inside) & set("<>\uff1c\uff1e")
+
+
+@pytest.mark.parametrize(
+    "text", [f"1-{'9' * 5000}", f"{'9' * 5000}-1", "9-1", "1-", "1-2-3", "-1-2", "\u0661-\u0662", ""]
+)
+def test_a_range_of_numbers_is_checked(text):
+    with pytest.raises(UsageError, match=r"--words-short .{0,60}: write it as MIN-MAX"):
+        quality.parse_range("--words-short", text)

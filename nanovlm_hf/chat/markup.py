@@ -21,13 +21,14 @@ _TOKEN = r"(?:<\|[\w-]{1,30}\|>|<\uff5c[^<>]{1,40}\uff5c>|</?s>|<(?:eos|bos|end_
 _TOKENS_BEFORE = re.compile(rf"(?:\s*(?:{_TOKEN}|<start_of_turn>))+\s*(?:(?:assistant|model)\s*\n)?", re.IGNORECASE)
 _TOKENS_AFTER = re.compile(rf"(?:\s*{_TOKEN})+\s*\Z", re.IGNORECASE)
 
-_FENCE = re.compile(r"```\w{0,20}[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+# Repetitions are bounded, or what follows cannot begin inside them: the time grows with the length, not its square.
+_FENCE = re.compile(r"```\w{0,20}[ \t]*")  # its first line
 _ELEMENT = re.compile(r"<(\w{1,20})>([^<>]*)</\1>")
 _AROUND = ("***", "**", "*", "___", "__", "_", "```", "``", "`", '"', "'")
 _YES = r"(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|got it|alright|all right|no problem|yes|great)"
 _NAME = r"(?:description|desc|caption|paragraph|sentences|shortdesc|longdesc)s?"
 _LABEL = (
-    rf"(?:(?:[\w'-]+ ){{0,5}}{_NAME}|"
+    rf"(?:(?:[\w'-]{{1,40}} ){{0,5}}{_NAME}|"
     r"(?:(?:the|a|my|your|final|short|long|simple|revised) ){0,3}"
     r"(?:text|answer|output|response|version|assistant))(?: \([^()\n:]{0,40}\))?"
 )
@@ -35,14 +36,14 @@ _HERE = rf"(?:here(?:'s| is| are)[^:\n]{{0,80}}\b{_NAME}\b[^:\n]{{0,80}}|here (?
 _EMPHASIS = r"(?:\*{1,3}|_{1,3})?"
 # "Sure! Here's a short description:", "Here is one:" on its own line, "**Short description:**", "## Description".
 _PREAMBLE = re.compile(
-    rf"(?:#{{1,6}}\s+)?{_EMPHASIS}\s*(?:"
-    rf"(?:{_YES}\b[!,.\s-]*)?(?:{_HERE}|{_LABEL}){_EMPHASIS}[ \t]*:|"
-    rf"(?:{_YES}|here)\b[^:\n]{{0,160}}:(?={_EMPHASIS}[ \t]*\n)|"
-    rf"(?:[\w'-]+ ){{0,3}}(?:description|shortdesc|longdesc)(?={_EMPHASIS}[ \t]*\n)"
+    rf"(?:#{{1,6}}\s{{1,8}})?{_EMPHASIS}\s{{0,8}}(?:"
+    rf"(?:{_YES}\b[!,.\s-]{{0,8}})?(?:{_HERE}|{_LABEL}){_EMPHASIS}[ \t]{{0,8}}:|"
+    rf"(?:{_YES}|here)\b[^:\n]{{0,160}}:(?={_EMPHASIS}[ \t]{{0,8}}\n)|"
+    rf"(?:[\w'-]{{1,40}} ){{0,3}}(?:description|shortdesc|longdesc)(?={_EMPHASIS}[ \t]{{0,8}}\n)"
     rf")[ \t]?{_EMPHASIS}\s*",
     re.IGNORECASE,
 )
-_HEADING = re.compile(r"#{1,6}[ \t]+(?=[^\n]+\Z)")
+_HEADING = re.compile(r"#{1,6}[ \t]{1,8}(?=[^\n]+\Z)")
 _RULE = re.compile(r"\A[-*_]{3,}[ \t]*\n|\n[ \t]*[-*_]{3,}\Z")
 _WORD_COUNT = re.compile(
     r"(?:\s*[*_]{0,2}[(\[][^()\[\]\n]{0,30}(?:\b\d+[ -]?words?\b|\bword(?:s| count)\s*[:=]\s*\d+)[^()\[\]\n]{0,30}"
@@ -57,13 +58,13 @@ _MARKUP = re.compile(
     r"[<>\[\]{}|\\`*_~=^]|#(?!\d)|"  # tags, special tokens, links, code, tables, emphasis
     r"\w\(|"  # code
     r"(?:^|\n)[ \t]*(?:[-+\u2022][ \t]|-{3}|\d{1,3}[.)][ \t])|\A\W*\d{1,3}[.)]|"  # lists and rules
-    r"https?:|www\.\w|\b[\w-]+\.(?:com|org|net|io)\b|"
+    r"https?:|www\.\w|\w-?\.(?:com|org|net|io)\b|"
     r"\(\s*(?:about |~)?\d+\s*(?:words?|sentences?)\b|\bword count\b|\bwords?\s*[:=]\s*\d|[-:]\s*\d+\s*words?\W*\Z|"
     rf"\A\W*(?:{_YES})\b\s*[!,.:]|\A\W*(?:sure|certainly|of course)\b|"
     r"\A\W*here(?:'s| is| are| you go)\b[^.!?]{0,120}:|\A\W*here you go\b|"
     r"\b(?:description|desc|captions?)\b|\b(?:short|long)desc\b|"
     r"\b(?:let me know if|feel free to (?:ask|adjust|let)|would you like me to|i hope (?:this|that) (?:helps|works)\b)|"
-    r"(?:^|\n)\s*\(?(?:note|explanation|rationale|p\.s\.|assistant|user|short|long|(?:option|version) ?\w?)\s*:",
+    r"(?:^|\n)[^\S\n]*\(?(?:note|explanation|rationale|p\.s\.|assistant|user|short|long|(?:option|version) ?\w?)\s*:",
     re.IGNORECASE,
 )
 
@@ -115,8 +116,10 @@ def _remove_one_addition(text: str) -> str:
     text = _RULE.sub("", _without_tokens_before(text))
     if match := _TOKENS_AFTER.search(text, max(0, len(text) - TAIL)):
         text = text[: match.start()]
-    if (match := _FENCE.fullmatch(text)) and "```" not in match[1]:
-        return match[1].strip()
+    first, _, rest = text.partition("\n")
+    inner = rest.removesuffix("```")
+    if _FENCE.fullmatch(first) and inner != rest and "```" not in inner:
+        return inner.strip()
     if match := _ELEMENT.fullmatch(text):
         return match[2].strip()
     if (match := _PREAMBLE.match(text)) and text[match.end() :].strip():
@@ -147,4 +150,4 @@ def has_markup(text: str) -> bool:
     Args:
         text: result of `unwrapped`, with line breaks.
     """
-    return _MARKUP.search(text) is not None
+    return _MARKUP.search(text, 0, MAX_CHARACTERS) is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .markup import MAX_CHARACTERS
+
 # Data without angle brackets cannot open, close or forge tags or the special tokens of a chat template.
 _BRACKETS = str.maketrans({"<": "\u2039", ">": "\u203a", "\uff1c": "\u2039", "\uff1e": "\u203a"})
 
@@ -56,7 +58,9 @@ def instruction_in(text: str) -> str | None:
     """Return the words of a text that address a grader or a language model, or None.
 
     These are mentions of grades, scores and ratings, of instructions and prompts, and of the roles of a chat ("ignore
-    all previous instructions", "grade 10", "a perfect score"), but not of sports scores and school grades.
+    all previous instructions", "grade 10", "a perfect score"), but not of sports scores and school grades. The first
+    `MAX_CHARACTERS` characters are searched.
     """
-    match = _INSTRUCTIONS.search(_SCHOOL.sub("school", text))
-    return " ".join(match[0].split()) if match else None
+    words = " ".join(text[:MAX_CHARACTERS].split())  # the time grows with the square of a run of spaces
+    match = _INSTRUCTIONS.search(_SCHOOL.sub("school", words))
+    return match[0].strip() if match else None

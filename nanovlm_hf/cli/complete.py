@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FAILURE = 1
 HIGHEST_TEMPERATURE = 100.0
+HIGHEST_BEAMS = 1000
+HIGHEST_TOKENS = 1_000_000
 HIGHEST_SEED = 2**32 - 1  # that NumPy takes
 
 
@@ -89,14 +91,23 @@ def complete(
     model: Annotated[str, typer.Option(help="Released checkpoint, local folder or Hub id.")] = "mini-short",
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of tokens after the prefix.", show_default="as many as fit, up to 96"),
+        typer.Option(
+            min=1,
+            max=HIGHEST_TOKENS,
+            help="Maximum number of tokens after the prefix.",
+            show_default="as many as fit, up to 96",
+        ),
     ] = None,
     num_beams: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of beams; 1 is greedy search.", show_default="that of the checkpoint"),
+        typer.Option(
+            min=1, max=HIGHEST_BEAMS, help="Number of beams; 1 is greedy search.", show_default="that of the checkpoint"
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 does not sample.")] = 0.0,
-    num_return_sequences: Annotated[int, typer.Option(min=1, help="Number of completions for each image.")] = 1,
+    num_return_sequences: Annotated[
+        int, typer.Option(min=1, max=HIGHEST_BEAMS, help="Number of completions for each image.")
+    ] = 1,
     seed: Annotated[
         int | None, typer.Option(min=0, max=HIGHEST_SEED, help="Seed for sampling.", show_default="random")
     ] = None,

@@ -20,7 +20,7 @@ def build(
         list[Path],
         typer.Option(help=f"JSON Lines with image_id and texts ({', '.join(VARIANTS)}); may be repeated."),
     ],
-    out: Annotated[Path, typer.Option(help="Output folder.")],
+    out: Annotated[Path, typer.Option(callback=options.output_folder, help="Output folder.")],
     images: Annotated[
         list[Path] | None,
         typer.Option(

@@ -100,7 +100,13 @@ class DescribeOptions:
 
 def describe(
     captions: options.ManyCaptions,
-    out: Annotated[Path, typer.Option(help="Output folder: replies, descriptions.jsonl, rejected.jsonl, report.json.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            callback=options.output_folder,
+            help="Output folder: replies, descriptions.jsonl, rejected.jsonl, report.json.",
+        ),
+    ],
     variant: Annotated[
         str, typer.Option(callback=options.utf8, help=f"Variant to write: {', '.join(VARIANTS)} or all.")
     ] = "all",
@@ -123,7 +129,12 @@ def describe(
     ] = None,
     temperature: options.Temperature = None,
     attempts: Annotated[
-        int, typer.Option(min=1, help="Maximum number of replies for an image until one passes the quality gates.")
+        int,
+        typer.Option(
+            min=1,
+            max=options.MAX_TIMES,
+            help="Maximum number of replies for an image until one passes the quality gates.",
+        ),
     ] = 3,
     words_short: Annotated[str, typer.Option(help=_length_help("short", "words"))] = _range(
         VARIANTS["short"].accepted.words
@@ -141,13 +152,16 @@ def describe(
         int | None,
         typer.Option(
             min=1,
+            max=options.MAX_TOKENS,
             help="Maximum number of tokens of a reply; reasoning models need more.",
             show_default=options.for_each_variant("max_completion_tokens"),
         ),
     ] = None,
     concurrency: options.Concurrency = 16,
     timeout: options.Timeout = 60.0,
-    tries: Annotated[int, typer.Option(min=1, help="How often a request is sent before it is given up.")] = 6,
+    tries: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TIMES, help="How often a request is sent before it is given up.")
+    ] = 6,
     price: options.Price = None,
     max_cost: options.MaxCost = None,
     dry_run: options.DryRun = False,

@@ -13,7 +13,10 @@ from . import options
 
 
 def ingest(
-    out: Annotated[Path, typer.Option(help="Output folder: images, captions.json and failed.jsonl.")],
+    out: Annotated[
+        Path,
+        typer.Option(callback=options.output_folder, help="Output folder: images, captions.json and failed.jsonl."),
+    ],
     captions: Annotated[
         list[Path] | None,
         typer.Option(help="COCO caption annotations (captions_*.json); may be repeated.", show_default="none"),
@@ -30,11 +33,18 @@ def ingest(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of images; the paper used about 28,000.", show_default="all"),
+        typer.Option(
+            min=1,
+            max=options.MAX_ITEMS,
+            help="Maximum number of images; the paper used about 28,000.",
+            show_default="all",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for choosing the images when --limit is given.")] = 0,
     original: options.Original = False,
-    workers: Annotated[int, typer.Option(min=1, help="Number of concurrent downloads.")] = 16,
+    workers: Annotated[
+        int, typer.Option(min=1, max=options.MAX_CONCURRENT, help="Number of concurrent downloads.")
+    ] = 16,
     allow_private: Annotated[
         bool, typer.Option("--allow-private", help="Also download from private and loopback addresses.")
     ] = False,

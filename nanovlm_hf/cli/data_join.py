@@ -17,7 +17,7 @@ def join(
         list[str], typer.Option(help="Text-only dataset, as a local folder or Hub id; may be repeated.")
     ],
     images: Annotated[list[Path], typer.Option(help="Folder of the images; may be repeated.")],
-    out: Annotated[Path, typer.Option(help="Output folder.")],
+    out: Annotated[Path, typer.Option(callback=options.output_folder, help="Output folder.")],
     captions: Annotated[
         list[Path] | None,
         typer.Option(

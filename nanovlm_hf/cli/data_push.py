@@ -24,7 +24,11 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make the repositories private.")] = False,
     to_folder: Annotated[
         Path | None,
-        typer.Option(help="Write the two repositories to this folder instead of uploading them.", show_default="none"),
+        typer.Option(
+            callback=options.output_folder,
+            help="Write the two repositories to this folder instead of uploading them.",
+            show_default="none",
+        ),
     ] = None,
     license: Annotated[
         str | None,

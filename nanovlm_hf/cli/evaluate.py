@@ -44,7 +44,10 @@ def evaluate(
         typer.Option(help="Dataset with images, as a local folder or Hub id.", show_default="required"),
     ] = None,
     variant: options.Variant = "short",
-    out: Annotated[Path | None, typer.Option(help="Output folder of the report.", show_default="required")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=options.output_folder, help="Output folder of the report.", show_default="required"),
+    ] = None,
     split: Annotated[str, typer.Option(callback=options.utf8, help="Split of the dataset to evaluate on.")] = "test",
     items: Annotated[
         Path | None,
@@ -53,7 +56,9 @@ def evaluate(
             show_default="the whole split",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of items.", show_default="all")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=options.MAX_ITEMS, help="Maximum number of items.", show_default="all")
+    ] = None,
     written_from: Annotated[
         str | None,
         typer.Option(
@@ -65,11 +70,14 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
+            max=options.MAX_ITEMS,
             help="Number of words of each description given as prefix.",
             show_default=options.for_each_variant("prefix_words"),
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a completion.")] = 96,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Maximum number of tokens of a completion.")
+    ] = 96,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder of out-of-domain images, reported separately.", show_default="none"),
@@ -81,7 +89,12 @@ def evaluate(
         bool, typer.Option("--baselines", help="Also evaluate BLIP, GIT, Kosmos-2 and SmolVLM.")
     ] = False,
     grounding_images: Annotated[
-        int, typer.Option(min=0, help="Number of validation images for the grounding metrics; 0 skips them.")
+        int,
+        typer.Option(
+            min=0,
+            max=options.MAX_ITEMS,
+            help="Number of validation images for the grounding metrics; 0 skips them.",
+        ),
     ] = 1000,
     judge: Annotated[
         str | None,

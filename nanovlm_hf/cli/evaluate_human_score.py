@@ -9,6 +9,7 @@ import typer
 
 from ..errors import scrub
 from ..extras import require
+from . import options
 
 
 def human_score(
@@ -18,7 +19,9 @@ def human_score(
         Path | None,
         typer.Option(help="judge.json or results.json with the judge's grades to compare with.", show_default="none"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.", show_default="none")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=options.output_file, help="JSON file to write.", show_default="none")
+    ] = None,
 ) -> None:
     """Print the mean human ratings, Krippendorff's alpha between raters, and the correlation with a judge."""
     require("eval", "nanovlm evaluate human-score")

@@ -14,14 +14,16 @@ from . import options
 
 def human_sheet(
     completions: Annotated[list[Path], typer.Option(help="JSON Lines of a model's completions; may be repeated.")],
-    out: Annotated[Path, typer.Option(help="HTML file to write.")],
+    out: Annotated[Path, typer.Option(callback=options.output_file, help="HTML file to write.")],
     dataset: Annotated[
         str | None,
         typer.Option(help="Dataset with the images, to show them in the form.", show_default="texts only"),
     ] = None,
     variant: options.Variant = "short",
     split: Annotated[str, typer.Option(callback=options.utf8, help="Split of the dataset.")] = "test",
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of items, each with every model's text.")] = 25,
+    limit: Annotated[
+        int, typer.Option(min=1, max=options.MAX_ITEMS, help="Maximum number of items, each with every model's text.")
+    ] = 25,
     seed: Annotated[int, typer.Option(help="Seed for the order of the texts.")] = 0,
 ) -> None:
     """Write a blind, shuffled rating form for people: one HTML page that needs no server."""

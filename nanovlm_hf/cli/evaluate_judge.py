@@ -18,7 +18,7 @@ SHOWN_FLAGS = 5
 
 
 def judge(
-    out: Annotated[Path, typer.Option(help="Output folder of the replies and grades.")],
+    out: Annotated[Path, typer.Option(callback=options.output_folder, help="Output folder of the replies and grades.")],
     completions: Annotated[
         list[str] | None,
         typer.Option(

@@ -13,7 +13,12 @@ from . import options
 
 def sheet(
     completions: Annotated[list[Path], typer.Option(help="JSON Lines of a model's completions; may be repeated.")],
-    out: Annotated[Path, typer.Option(help="Folder to make for the graders; its key is written next to it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            callback=options.output_folder, help="Folder to make for the graders; its key is written next to it."
+        ),
+    ],
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -23,7 +28,9 @@ def sheet(
     ] = None,
     variant: options.Variant = "short",
     split: Annotated[str, typer.Option(callback=options.utf8, help="Split of the dataset.")] = "test",
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of items, each with every model's text.")] = 25,
+    limit: Annotated[
+        int, typer.Option(min=1, max=options.MAX_ITEMS, help="Maximum number of items, each with every model's text.")
+    ] = 25,
     calibration: Annotated[
         bool,
         typer.Option(help="Mix in the reference descriptions and the outputs that the paper prints."),

@@ -8,12 +8,18 @@ from typing import Annotated, Literal
 import typer
 
 from ..extras import require
+from . import options
 from .quiet import quiet
 
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Released checkpoint, local folder or Hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: a new one, an empty one or an earlier export.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            callback=options.output_folder, help="Folder to write: a new one, an empty one or an earlier export."
+        ),
+    ],
     format: Annotated[Literal["onnx"], typer.Option(help="Format of the exported model.")] = "onnx",
     dtype: Annotated[
         Literal["fp32", "fp16", "int8"],

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
+from ..files import check_output
 from ..variants import VARIANTS
 
 if TYPE_CHECKING:
     from ..chat.endpoint import Endpoint
     from ..evaluation.judge import JudgeSettings
+
+
+MAX_TIMES = 100  # requests for the same text
+MAX_TOKENS = 1_000_000  # of a reply
+MAX_CONCURRENT = 1000  # downloads
+MAX_SECONDS = 86_400.0
+MAX_SHARDS = 1_000_000
+MAX_ITEMS = 10**9
 
 
 def for_each_variant(field: str) -> str:
@@ -43,6 +52,20 @@ def utf8(option: typer.CallbackParam, value: str | None) -> str | None:
     return value
 
 
+def output_folder(context: typer.Context, option: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Check an option that names a folder to write; see `check_output`."""
+    if value is not None:
+        check_output(value, option.opts[0], folder=True)
+    return value
+
+
+def output_file(context: typer.Context, option: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Check an option that names a file to write; see `check_output`."""
+    if value is not None:
+        check_output(value, option.opts[0], folder=False)
+    return value
+
+
 Variant = Annotated[str, typer.Option(callback=utf8, help=f"Variant of the dataset: {' or '.join(VARIANTS)}.")]
 ChatModel = Annotated[str, typer.Option(callback=utf8, help="Name of the chat model at the endpoint.")]
 BaseUrl = Annotated[
@@ -58,10 +81,12 @@ Temperature = Annotated[
     ),
 ]
 MaxCompletionTokens = Annotated[
-    int, typer.Option(min=1, help="Maximum number of tokens of a reply; reasoning models need more.")
+    int, typer.Option(min=1, max=MAX_TOKENS, help="Maximum number of tokens of a reply; reasoning models need more.")
 ]
 Concurrency = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent requests.")]
-Timeout = Annotated[float, typer.Option(min=0.1, callback=_finite, help="Seconds to wait for a complete reply.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.1, max=MAX_SECONDS, callback=_finite, help="Seconds to wait for a complete reply.")
+]
 Price = Annotated[
     tuple[float, float] | None,
     typer.Option(help="US dollars per million input and output tokens.", show_default="OpenAI's, for known models"),
@@ -80,12 +105,13 @@ DryRun = Annotated[
 ]
 Batch = Annotated[bool, typer.Option("--batch", help="Use the Batch API: half the price, replies within a day.")]
 PollSeconds = Annotated[
-    float, typer.Option(min=0.01, callback=_finite, help="Seconds between two polls of a batch's status.")
+    float,
+    typer.Option(min=0.01, max=MAX_SECONDS, callback=_finite, help="Seconds between two polls of a batch's status."),
 ]
 JudgePrompt = Annotated[
     Path | None, typer.Option(help="File with a custom judge prompt.", show_default="Prompt 3 of the paper")
 ]
-Repeats = Annotated[int, typer.Option(min=1, help="Number of gradings of each completion.")]
+Repeats = Annotated[int, typer.Option(min=1, max=MAX_TIMES, help="Number of gradings of each completion.")]
 
 ManyCaptions = Annotated[list[Path], typer.Option(help="COCO caption annotations (captions_*.json); may be repeated.")]
 WrittenFrom = Annotated[
@@ -105,8 +131,8 @@ About = Annotated[
     Path | None,
     typer.Option(help="Markdown file for the card: the origin of the texts and images.", show_default="none"),
 ]
-NumShards = Annotated[int, typer.Option(min=1, help="Number of machines that share the images.")]
-ShardIndex = Annotated[int, typer.Option(min=0, help="Index of this machine, from 0.")]
+NumShards = Annotated[int, typer.Option(min=1, max=MAX_SHARDS, help="Number of machines that share the images.")]
+ShardIndex = Annotated[int, typer.Option(min=0, max=MAX_SHARDS - 1, help="Index of this machine, from 0.")]
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import InputError, first_line, scrub
 from ..files import inside, read_jsonl, read_text
+from .parquet import read_batches
 from .sources import ImageRecord, whole_number
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("captions", "caption", "text")
+COLUMNS = ("file_name", "image_id", *CAPTION_COLUMNS)
+MAX_CHARACTERS = 2**28  # of the texts of a Parquet file, which can hold the same text any number of times
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
@@ -30,16 +32,18 @@ def read_image_folder(folder: Path) -> list[ImageRecord]:
     """Return the images of an image folder with file names relative to the folder.
 
     Metadata files in the folder and in those below it name images relative to their own location. Captions are in a
-    column `captions`, `caption` or `text` (a string or a list of strings). Without a column `image_id`, an id is
-    derived from the file name.
+    column `captions`, `caption` or `text` (a string or a list of strings), the first of these that has a text. An image
+    may have several rows, one for each caption. Without a column `image_id`, an id is derived from the file name.
 
     Raises:
-        InputError: if the folder is not an image folder, a row is malformed, or there are duplicate ids.
+        InputError: if the folder is not an image folder, a row is malformed, two images have the same id, or a row is
+            repeated.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     source = os.path.basename(os.path.abspath(folder)).encode(errors="replace").decode()
     records: dict[int, ImageRecord] = {}
+    rows: set[tuple[int, tuple[str, ...]]] = set()
     archives: list[str] = []
     found = False
     for place, folders, files in os.walk(folder):
@@ -52,9 +56,16 @@ def read_image_folder(folder: Path) -> list[ImageRecord]:
             below = os.path.relpath(place, folder)
             for where, row in _rows(inside(folder, os.path.join(below, name))):
                 record = _record(row, where, below, source)
-                if record.image_id in records:
+                first = records.setdefault(record.image_id, record)
+                if first.file_name != record.file_name:
                     raise InputError(f"{where}: image_id {record.image_id} is a duplicate: change one")
-                records[record.image_id] = record
+                content = (record.image_id, tuple(record.captions))
+                if content in rows:
+                    shown = scrub(record.file_name, 120)
+                    raise InputError(f"{where}: the row of {shown} with these captions is a duplicate: remove one")
+                rows.add(content)
+                if first is not record:
+                    first.captions += record.captions
     if archives and not any(os.path.exists(folder / record.file_name) for record in records.values()):
         raise InputError(f"{folder}: the images are in {scrub(sorted(archives)[0], 120)}: unpack it")
     if not records:
@@ -68,13 +79,11 @@ def _record(row: dict[str, Any], where: str, below: str, source: str) -> ImageRe
     if not isinstance(name, str) or not name:
         raise InputError(f"{where}: 'file_name' must be the name of the image file")
     name = os.path.normpath(os.path.join(below, name))
-    column = next((one for one in CAPTION_COLUMNS if one in row), None)
-    if column is None:
-        columns = scrub(", ".join(map(str, row)), 120)
-        raise InputError(f"{where}: no column captions, caption or text (columns: {columns})")
-    texts = row[column] if isinstance(row[column], list) else [row[column]]
-    if not all(text is None or isinstance(text, str) for text in texts):
-        raise InputError(f"{where}: {column!r} must be a string or a list of strings")
+    columns = [one for one in CAPTION_COLUMNS if one in row]
+    if not columns:
+        shown = scrub(", ".join(map(str, row)), 120)
+        raise InputError(f"{where}: no column captions, caption or text (columns: {shown})")
+    captions = next(filter(None, (_captions(row[column], f"{where}: {column!r}") for column in columns)), [])
     image_id = row.get("image_id")
     if image_id in (None, ""):
         image_id = int.from_bytes(hashlib.sha256(name.encode(errors="replace")).digest()[:6], "big")
@@ -83,8 +92,16 @@ def _record(row: dict[str, Any], where: str, below: str, source: str) -> ImageRe
         name,
         source,
         None,
-        [" ".join(text.split()) for text in texts if text and text.strip()],
+        captions,
     )
+
+
+def _captions(value: Any, where: str) -> list[str]:
+    """Return the texts of a caption column that are not empty."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise InputError(f"{where} must be a string or a list of strings")
+    return [" ".join(text.split()) for text in texts if text and text.strip()]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -97,12 +114,35 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
     else:
-        try:
-            with path.open("rb") as file:  # pyarrow does not accept file names that are not UTF-8
-                rows = pq.read_table(file).to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from None
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
+        yield from _parquet_rows(path)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = characters = 0
+    try:
+        with path.open("rb") as file:  # pyarrow does not accept file names that are not UTF-8
+            names = pq.read_schema(file).names
+            known = [name for name in COLUMNS if name in names]
+            if "file_name" not in known:
+                raise InputError(f"{path}: no column file_name (columns: {scrub(', '.join(names), 120)})")
+            # Without captions, the message names all columns.
+            others = {} if set(known) & set(CAPTION_COLUMNS) else dict.fromkeys(names)
+            for batch in read_batches(file, path, known):
+                for row in zip(*batch.columns, strict=True):
+                    values = {name: value.as_py() for name, value in zip(batch.schema.names, row, strict=True)}
+                    characters += sum(map(_length, values.values()))
+                    if characters > MAX_CHARACTERS:
+                        raise InputError(f"{path}: its texts have more than {MAX_CHARACTERS:,} characters: divide it")
+                    yield f"{path}: row {number}", others | values
+                    number += 1
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow raises many types, also for values that Python cannot represent
+        raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from None
+
+
+def _length(value: Any) -> int:
+    return sum(map(_length, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 8
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,17 +1,73 @@
-"""Writing a Parquet file of a dataset atomically and in row groups of bounded size."""
+"""Reading Parquet files in batches of bounded size, and writing one atomically in row groups of bounded size."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from ..errors import InputError
 
 ROWS_PER_GROUP = 256
 BYTES_PER_GROUP = 16 * 2**20
+MAX_VALUES = 5_000_000  # of a column in a file
+MAX_BATCH_BYTES = 2**30
+
+
+def read_batches(file: BinaryIO, where: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a Parquet file in batches of at most `ROWS_PER_GROUP`.
+
+    Equal values are stored once in a file, so that a few kilobytes can stand for any number of them. Therefore each
+    batch is first read with equal values stored once, and only if it is not too large as it is.
+
+    Args:
+        file: the opened file.
+        where: name of the file in errors.
+        columns: columns to read; all if None.
+
+    Raises:
+        InputError: if a column has more than `MAX_VALUES` values, or a batch takes more than `MAX_BATCH_BYTES`.
+        pa.ArrowException, OSError, ValueError: if the file is damaged.
+    """
+    source = pa.PythonFile(file, "r")  # one for both readers, whose threads would otherwise move each other's position
+    plain = pq.ParquetFile(source)
+    leaves = [plain.schema.column(index) for index in range(plain.metadata.num_columns)]
+    for group in map(plain.metadata.row_group, range(plain.metadata.num_row_groups)):
+        chunks = map(group.column, range(group.num_columns))
+        if any(chunk.num_values > MAX_VALUES or chunk.total_uncompressed_size > MAX_BATCH_BYTES for chunk in chunks):
+            raise _too_large(where)
+    if plain.metadata.num_rows > MAX_VALUES:
+        raise _too_large(where)
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    once = pq.ParquetFile(source, metadata=plain.metadata, read_dictionary=texts)
+    sizes = (sum(map(_bytes, batch.columns)) for batch in once.iter_batches(ROWS_PER_GROUP, columns=columns))
+    batches = plain.iter_batches(ROWS_PER_GROUP, columns=columns)
+    for size in sizes:
+        if size > MAX_BATCH_BYTES:
+            raise _too_large(where)
+        yield next(batches)
+
+
+def _bytes(values: pa.Array) -> int:
+    """Return the bytes of an array once its dictionaries are expanded."""
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(values.dictionary)
+        return pc.sum(pc.cast(pc.take(lengths, values.indices), pa.int64())).as_py() or 0
+    if pa.types.is_struct(kind):
+        return sum(map(_bytes, values.flatten()))
+    return _bytes(values.flatten()) if pa.types.is_nested(kind) else values.nbytes
+
+
+def _too_large(where: str | Path) -> InputError:
+    limits = f"{MAX_VALUES:,} values of a column, or {MAX_BATCH_BYTES:,} bytes of {ROWS_PER_GROUP} rows"
+    return InputError(f"{where}: holds more than {limits}: divide it into smaller files")
 
 
 class ParquetWriter:

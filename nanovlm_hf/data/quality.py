@@ -12,15 +12,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..chat.markup import has_markup, unwrapped, without_reasoning
+from ..chat.markup import MAX_CHARACTERS, has_markup, unwrapped, without_reasoning
 from ..chat.untrusted import instruction_in
-from ..errors import UsageError
+from ..errors import UsageError, scrub
 from ..variants import LengthRange
 from ..words import words
 from .related import is_related
 from .vocabulary import in_vocabulary
 
-_SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"')]|$)")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+(?=[\s\"')]|$)")
 _OPENING = re.compile(r"\W*(oh|wow|look)\b", re.IGNORECASE)  # the prompts' own list
 # Only at the start: later in the text, a child may say that it cannot do something.
 _REFUSAL = re.compile(
@@ -44,9 +44,9 @@ def parse_range(option: str, text: str) -> tuple[int, int]:
     Raises:
         UsageError: if the text is not a range.
     """
-    match = re.fullmatch(r"(\d+)-(\d+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})", text.strip())
     if match is None or int(match[1]) > int(match[2]):
-        raise UsageError(f"{option} {text}: write it as MIN-MAX, such as 15-32")
+        raise UsageError(f"{option} {scrub(text, 40)}: write it as MIN-MAX, such as 15-32, up to 999999")
     return int(match[1]), int(match[2])
 
 
@@ -90,6 +90,8 @@ def problems(reply: dict[str, Any], accepted: LengthRange, captions: Sequence[st
         return ["truncated"]
     if not text:
         return ["empty"]
+    if len(text) > MAX_CHARACTERS:  # the other gates would take long
+        return ["words"]
     failed = []
     if not accepted.words[0] <= len(words(text)) <= accepted.words[1]:
         failed.append("words")

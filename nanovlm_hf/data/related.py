@@ -10,6 +10,7 @@ from ..words import STOP_WORDS, base_forms
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # unlike `words`, splits compounds: "snow-covered" is about snow
 MIN_PREFIX, MIN_SUFFIX = 3, 4  # "ski" in "skier", "plane" in "airplane"
+MAX_WORD = 60  # the parts of a word take the square of its length
 
 
 def is_related(description: str, captions: Iterable[str]) -> bool:
@@ -41,5 +42,6 @@ def _forms(word: str) -> frozenset[str]:
 
 
 def _parts(words: set[str]) -> set[str]:
+    words = {word for word in words if len(word) <= MAX_WORD}
     prefixes = {word[:end] for word in words for end in range(MIN_PREFIX, len(word) + 1)}
     return prefixes | {word[-length:] for word in words for length in range(MIN_SUFFIX, len(word) + 1)}

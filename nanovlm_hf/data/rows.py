@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import InputError, first_line, scrub
+from ..files import parse_yaml, read_text
 from .sources import whole_number
+
+_CARDS = ("README.md", ".huggingface.yaml")  # files in which `datasets` looks for the names of a dataset's files
+_MOST_CARD_BYTES = 2**20
+_MOST_BLANK_LINES = 100
 
 
 def load(dataset: str, name: str | None = None, where: str | None = None, **options: Any) -> Any:
@@ -28,15 +35,33 @@ def load(dataset: str, name: str | None = None, where: str | None = None, **opti
     Raises:
         InputError: if there is no such dataset, its card names files outside of it, or the cache cannot be written.
     """
-    from datasets import load_dataset, load_dataset_builder
+    from datasets import load_dataset
 
     try:
         with _without_log():  # `datasets` also logs the error that it raises
-            _refuse_foreign_files(dataset, load_dataset_builder(dataset, name).config.data_files or {})
+            files_of(dataset, name)
             # The numbers of rows in a card describe the data; a folder that was filtered by hand is still loaded.
-            return load_dataset(dataset, name, verification_mode="no_checks", **options)
+            return load_dataset(_source(dataset), name, verification_mode="no_checks", **options)
     except Exception as error:  # `datasets` raises many types for a wrong name
         raise InputError(_problem(where or dataset, error)) from None
+
+
+def files_of(dataset: str, name: str | None = None) -> dict[str, list[str]]:
+    """Return the data files of a config by split, after checking that they belong to the dataset.
+
+    Raises:
+        InputError: if the dataset's card names files outside of it; they are not opened, and no address is requested.
+        ValueError, OSError: and others that `datasets` raises for a dataset that does not exist.
+    """
+    from datasets import load_dataset_builder
+
+    _check_card(dataset)
+    found = load_dataset_builder(_source(dataset), name).config.data_files or {}
+    files = {str(split): list(map(str, paths)) for split, paths in found.items()}
+    for path in (path for paths in files.values() for path in paths):
+        if not _is_own_file(dataset, path):
+            raise _foreign(dataset, path)
+    return files
 
 
 def configs_of(dataset: str) -> list[str]:
@@ -48,7 +73,8 @@ def configs_of(dataset: str) -> list[str]:
     from datasets import get_dataset_config_names
 
     try:
-        return get_dataset_config_names(dataset)
+        _check_card(dataset)
+        return get_dataset_config_names(_source(dataset))
     except Exception as error:  # as in `load`
         raise InputError(_problem(dataset, error)) from None
 
@@ -119,19 +145,21 @@ def check_columns(rows: Any, where: str, needed: Iterable[str]) -> None:
                 raise InputError(f"{where}: its column {name!r} has missing values")
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether an Arrow type is one of strings."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _is_texts(kind: pa.DataType) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type)
+def is_texts(kind: pa.DataType) -> bool:
+    """Return whether an Arrow type is one of lists of strings."""
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_text(kind.value_type)
 
 
 # Columns of a dataset by name: what they hold, and whether an Arrow type is of that kind.
 COLUMN_TYPES: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "image_id": ("whole numbers", pa.types.is_integer),
-    "description": ("strings", _is_text),
-    "captions": ("lists of strings", _is_texts),
+    "description": ("strings", is_text),
+    "captions": ("lists of strings", is_texts),
 }
 
 
@@ -161,13 +189,89 @@ def _without_log() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _refuse_foreign_files(dataset: str, data_files: dict[str, list[str]]) -> None:
-    """Refuse a card that names files outside the dataset, which may be any file of this machine."""
-    folders = [os.path.abspath(dataset) + os.sep, os.path.realpath(dataset) + os.sep]
-    for paths in data_files.values():
-        for path in map(str, paths):
-            if not (os.path.abspath(path).startswith(tuple(folders)) if os.path.isdir(dataset) else "://" in path):
-                raise InputError(f"{dataset}: its README.md names a file outside the dataset ({scrub(path, 120)})")
+def _source(dataset: str) -> str:
+    """Return the name by which `datasets` loads a dataset: it takes the name of a folder from the path, and "." has
+    none.
+    """
+    return os.path.abspath(dataset) if os.path.isdir(dataset) else dataset
+
+
+def _check_card(dataset: str) -> None:
+    """Check the names of files in a dataset's card before `datasets` looks for them, as that requests addresses."""
+    for file in _CARDS:
+        path = _card(dataset, file)
+        if path is None:
+            continue
+        text = read_text(path, _MOST_CARD_BYTES)
+        content = parse_yaml(_front_matter(text, path) if file == "README.md" else text, path)
+        configs = content.get("configs") if isinstance(content, dict) else None
+        for config in configs if isinstance(configs, list) else []:
+            named = [config.get("data_files"), config.get("data_dir")] if isinstance(config, dict) else config
+            for name in _strings(named):
+                if not _is_own_name(name):
+                    raise _foreign(dataset, name, file)
+
+
+def _card(dataset: str, file: str) -> str | None:
+    """Return the path of a dataset's card; None without one, or if it cannot be downloaded, as `datasets` reports."""
+    if os.path.isdir(dataset):
+        path = os.path.join(dataset, file)
+        return path if os.path.exists(path) else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(dataset.removeprefix("hf://datasets/"), file, repo_type="dataset")
+    except Exception:  # there is no such file or dataset, no network, or the id is invalid
+        return None
+
+
+def _front_matter(text: str, path: str) -> str:
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK  # with which `datasets` finds it
+
+    if max(map(len, re.findall(r"\n+", text)), default=0) > _MOST_BLANK_LINES:
+        # The time that the expression takes grows with the square of this number.
+        raise InputError(f"{path}: more than {_MOST_BLANK_LINES} blank lines in a row: remove them")
+    match = REGEX_YAML_BLOCK.search(text)
+    return match[2] if match else ""
+
+
+def _strings(content: Any) -> Iterator[str]:
+    """Yield the strings in a content of lists and dictionaries."""
+    waiting = [content]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+
+
+def _is_own_name(name: str) -> bool:
+    """Return whether a name or pattern in a card is one of files in the dataset's folder."""
+    try:
+        is_address = "::" in name or bool(urlsplit(name).scheme)
+    except ValueError:  # such as an unclosed bracket after "//"
+        return False
+    return not is_address and not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != ".."
+
+
+def _is_own_file(dataset: str, path: str) -> bool:
+    """Return whether a data file that `datasets` has found is one of the dataset: in its folder or its repository."""
+    if "::" in path:  # a file in an archive
+        return False
+    if os.path.isdir(dataset):
+        folders = (os.path.abspath(dataset) + os.sep, os.path.realpath(dataset) + os.sep)
+        return "://" not in path and os.path.abspath(path).startswith(folders)
+    return path.startswith(f"hf://datasets/{dataset.removeprefix('hf://datasets/')}@")
+
+
+def _foreign(dataset: str, path: str, file: str = "README.md") -> InputError:
+    return InputError(
+        f"{dataset}: its {file} names a file outside the dataset ({scrub(path, 120)}): "
+        "name files of its own folder by relative paths"
+    )
 
 
 def _problem(where: str, error: Exception) -> str:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ..errors import InputError, first_line
 from ..variants import VARIANTS
-from .parquet import ROWS_PER_GROUP
+from .parquet import read_batches
 from .rows import COLUMN_TYPES
 from .sources import WRITTEN_FROM
 from .splits import SPLITS
@@ -114,11 +114,11 @@ def _batches(path: Path, expected: set[str]) -> Iterator[pa.RecordBatch]:
             if expected and expected != set(schema.names):
                 raise InputError(f"{path}: its columns differ from those of the other files: {_ONE_BUILD}")
             yield pa.RecordBatch.from_pylist([], schema)
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP):  # as `datasets` reads them
+            for batch in read_batches(opened, path):
                 if batch["image_id"].null_count or batch["description"].null_count:
                     raise InputError(f"{path}: a row without image_id or description: build the dataset again")
                 yield batch
     except InputError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # of pyarrow, which raises many types for values that Python cannot represent
         raise InputError(f"{path}: not a readable Parquet file ({first_line(error)})") from None

@@ -53,7 +53,7 @@ def read_captions(path: str | Path) -> list[ImageRecord]:
     """
     text = read_text(path)
     try:
-        content = parse_json(text, path)
+        content = parse_json(text, path, unique=True)
     except InputError as error:
         raise InputError(f"{error}: give a COCO captions_*.json") from None
     rows = {name: content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")}

@@ -39,7 +39,8 @@ def _criterion(key: str) -> str:
 def _grade(name: str, value: Any, highest: int) -> int:
     number = value
     if isinstance(value, str):
-        match = re.fullmatch(rf"\s*(-?[0-9]{{1,3}})(?:\.0+)?\s*(?:(?:/|out of)\s*{highest}(?:\.0+)?)?\s*", value)
+        pattern = rf"(-?[0-9]{{1,3}})(?:\.0+)?(?:\s{{0,8}}(?:/|out of)\s{{0,8}}{highest}(?:\.0+)?)?"
+        match = re.fullmatch(pattern, value.strip())
         number = int(match[1]) if match else None
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not float(number).is_integer():
         raise ValueError(f"{name} is not a whole number: {scrub(repr(value), 60)}")

@@ -129,7 +129,14 @@ def refuse_other_key(path: Path, sheet: str, where: str) -> None:
 
 
 def key_of(folder: Path) -> Path:
-    """Return where the key of a sheet's folder is."""
+    """Return where the key of a sheet's folder is.
+
+    Raises:
+        UsageError: for the root folder, next to which there is nothing.
+    """
+    folder = folder.resolve() if folder.name in ("", "..") else folder
+    if not folder.name:
+        raise UsageError(f"{folder}: there is no place for a key next to it: use a folder below it, or --key")
     return folder.with_name(f"{folder.name}.key.json")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -166,5 +165,6 @@ def read_card(folder: Path) -> Card:
     except (ValueError, TypeError, KeyError):
         remedy = "`nanovlm data card` writes it again"
         raise InputError(f"{path}: its front matter was not written by `nanovlm data build`: {remedy}") from None
-    about = re.search(re.escape(ABOUT) + r"\n(.*?)\n" + re.escape(END_OF_ABOUT), parts[2], re.DOTALL)
-    return Card(metadata.license, about[1] if about else "", names)
+    # Not a regular expression, which would search for the end again from each beginning.
+    about, end, _ = parts[2].partition(f"{ABOUT}\n")[2].partition(f"\n{END_OF_ABOUT}")
+    return Card(metadata.license, about if end else "", names)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
-from ..errors import InputError, scrub
-from ..files import inside, link_or_copy, named_disk_errors
+from ..data.parquet import read_batches
+from ..data.rows import is_text, is_texts
+from ..data.schema import IMAGE_FEATURES, TEXT_FEATURES
+from ..errors import InputError, first_line, scrub
+from ..files import inside, link_or_copy, named_disk_errors, relative_name
 from ..variants import VARIANTS
 from .auth import hub_errors, need_name, need_token
 from .dataset_card import TAG, read_card, write_card
+from .publishable import check_private
 from .repositories import existing_files
 
 
@@ -35,13 +43,18 @@ def write_repositories(
         The folders.
 
     Raises:
-        InputError: if the dataset is incomplete, or a folder exists already.
+        InputError: if the dataset is incomplete, a folder exists already, a file has other columns than those of a
+            dataset, or a file or the card holds a token, a path with folders, or the path of a home directory.
     """
     dataset, out = Path(dataset), Path(out)
     if not (dataset / "README.md").exists():
         raise InputError(f"{dataset}: no finished dataset: build it first (`nanovlm data build`)")
     card = read_card(dataset)
     files = _files_of(dataset, card.files)
+    license, about = license or card.license, card.about if about is None else about
+    check_private(f"{license}\n{about}", "--about, --license, or those of the dataset's card")
+    for path in (path for paths in files.values() for path in paths):
+        _check_content(path)
     folders = []
     with named_disk_errors(out):
         for variant, paths in files.items():
@@ -53,7 +66,7 @@ def write_repositories(
             for path in paths:
                 link_or_copy(path, folder / variant / path.name)
             address = f"{namespace}/{title}" if namespace else title
-            write_card(folder, license or card.license, card.about if about is None else about, address)
+            write_card(folder, license, about, address)
             folders.append(folder)
     return folders
 
@@ -72,6 +85,66 @@ def _files_of(dataset: Path, names: list[str]) -> dict[str, list[Path]]:
     if not files:
         raise InputError(f"{dataset}: README.md names no Parquet file: `nanovlm data card` writes it again")
     return files
+
+
+def _check_content(path: Path) -> None:
+    """Check that a Parquet file holds the columns of a dataset alone, and nothing private in them.
+
+    Raises:
+        InputError: if it does not, with the column and the remedy.
+    """
+    try:
+        with path.open("rb") as file:  # pyarrow does not accept file names that are not UTF-8
+            parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
+            for about in (parquet.metadata.metadata, schema.metadata):
+                text = b"\n".join(part for item in (about or {}).items() for part in item if item[0] != b"ARROW:schema")
+                check_private(text.decode("utf-8", "replace"), f"{path}: its metadata")
+            for field in schema:
+                _check_column(path, field)
+            columns = ["image.path" if name == "image" else name for name in schema.names]
+            for batch in read_batches(file, path, columns):
+                for name in batch.schema.names:
+                    _check_texts(path, name, list(_texts_in(batch[name].to_pylist())))
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow raises many types
+        raise InputError(
+            f"{path}: not a readable Parquet file ({first_line(error)}): build the dataset again"
+        ) from None
+
+
+def _check_column(path: Path, field: pa.Field) -> None:
+    where = f"{path}: column {scrub(field.name, 80)!r}"
+    if field.name not in IMAGE_FEATURES | TEXT_FEATURES:
+        raise InputError(f"{where}: it is not one of a dataset of `nanovlm data build`: remove it before publishing")
+    kind = field.type
+    if field.name == "image":
+        fits = pa.types.is_struct(kind) and {kind[index].name for index in range(kind.num_fields)} == {"bytes", "path"}
+    else:
+        fits = pa.types.is_integer(kind) or pa.types.is_null(kind) or is_text(kind) or is_texts(kind)
+    if not fits:
+        raise InputError(f"{where}: it has the type {scrub(str(kind), 80)}: build the dataset again")
+    for key, value in (field.metadata or {}).items():
+        check_private((key + b"\n" + value).decode("utf-8", "replace"), f"{where}: its metadata")
+
+
+def _check_texts(path: Path, column: str, texts: list[str]) -> None:
+    where = f"{path}: column {column!r}"
+    check_private("\n".join(texts), where)
+    for text in texts:
+        if column == "image" and ("/" in text or "\\" in text):
+            raise InputError(f"{where}: {scrub(text, 80)}: a path must be the name of a file, without a folder")
+        if column == "file_name":
+            relative_name(where, text)
+
+
+def _texts_in(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, (list, dict)):
+        for one in content.values() if isinstance(content, dict) else content:
+            yield from _texts_in(one)
 
 
 def push_dataset(

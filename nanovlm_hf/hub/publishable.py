@@ -102,15 +102,26 @@ def _check_private(shown: Path, path: Path) -> None:
         text = _png_text(shown, path)
     else:
         text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
+    check_private(text, str(shown), paths=name not in {*VOCABULARIES, "tokenizer.json"})
+    if name == "tokenizer.json":
+        check_private(_without_vocabulary(text), str(shown))
+
+
+def check_private(text: str, where: str, paths: bool = True) -> None:
+    """Check that a text to publish holds nothing private.
+
+    Args:
+        where: file or field for errors.
+        paths: whether to look for the paths of home directories as well.
+
+    Raises:
+        InputError: if it holds a token, key or password, or the path of a home directory.
+    """
     token = get_token()
     if holds_secret(text) or (token is not None and len(token) >= 8 and token in text):
-        raise InputError(f"{shown}: it contains a token, key or password: remove it before publishing")
-    if name == "tokenizer.json":
-        text = _without_vocabulary(text)
-    elif name in VOCABULARIES:
-        return
-    if _names_home(text):
-        raise InputError(f"{shown}: it contains the path of a home directory: remove it before publishing")
+        raise InputError(f"{where}: it contains a token, key or password: remove it before publishing")
+    if paths and _names_home(text):
+        raise InputError(f"{where}: it contains the path of a home directory: remove it before publishing")
 
 
 def _names_home(text: str) -> bool:

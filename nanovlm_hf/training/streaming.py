@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image, IterableDataset, load_dataset_builder
+from datasets import Dataset, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from ..data.image_store import MAX_DAMAGED_SHARE, decode_image
 from ..data.parallel import ordered_parallel_map
-from ..data.rows import image_bytes, load
+from ..data.rows import files_of, image_bytes, load
 from ..data.splits import split_position
 from ..devices import cpu_count
 from ..errors import InputError, first_line
@@ -55,9 +55,9 @@ def open_stream(name: str, variant: str, split: str) -> StreamedSplit:
     Raises:
         ValueError, OSError: and others that `datasets` raises for a dataset or split that does not exist.
     """
-    files = load_dataset_builder(name, variant).config.data_files or {}
+    files = files_of(name, variant)
     rows = load(name, variant, split=split, streaming=True).cast_column("image", Image(decode=False))
-    return StreamedSplit(rows, [str(file) for file in files.get(split, [])])
+    return StreamedSplit(rows, files.get(split, []))
 
 
 def stored_rows(split: StreamedSplit, count: int) -> Dataset:
