@@ -82,8 +82,13 @@ def test_a_batch_whose_creation_has_no_response_is_created_once(ask, server, ans
     assert (outcome.error, replies, len(server.created)) == (None, 4, 1)
 
 
-@pytest.mark.parametrize("status", ["completed", "expired", "cancelled", "failed", "COMPLETED", "succeeded"])
-@pytest.mark.parametrize("file_id", [None, 7, ["out-batch_0"], ".."])
+@pytest.mark.parametrize(
+    ("status", "file_id"),
+    [
+        *((status, None) for status in ("completed", "expired", "cancelled", "failed", "COMPLETED", "succeeded")),
+        *(("completed", file_id) for file_id in ("", 7, ["out-batch_0"], {"id": "out-batch_0"}, "..")),
+    ],
+)
 def test_replies_without_a_file_are_not_given_up(ask, server, tmp_path, status, file_id):
     server.fields = {"status": status, "output_file_id": file_id, "request_counts": {"completed": "4"}}
     outcome, replies = ask()

@@ -186,6 +186,14 @@ BAD = {
         {},
         "prefix: <image> stands for the image and must not be part of the text",
     ),
+    **{
+        f"special token {token}": (
+            messages(image_part(), text_part(f"A{token}dog")),
+            {},
+            f"prefix: {token} is a special token and must not be part of the text",
+        )
+        for token in ("<eos>", "<bos>", "<pad>")
+    },
     "too long": (messages(image_part(), text_part("word " * 400)), {}, "prefix: 402 tokens with the image's leave no"),
     "assistant last": (
         [*messages(image_part(), text_part()), {"role": "assistant", "content": "A dog"}],
