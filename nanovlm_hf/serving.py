@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .completion import finite_logits, fit_new_tokens
 from .completion_files import LOWEST_TEMPERATURE
@@ -223,7 +223,7 @@ def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(app, **{"http": _Connection, "ws": "none", **bounds, **options})
 
 
-class _Connection(AutoHTTPProtocol):
+class _Connection(H11Protocol):
     """A connection that is closed if it has had no request for `IDLE_SECONDS`.
 
     Uvicorn alone waits for the first request without a limit, and for the rest of any request that has begun.
