@@ -229,7 +229,7 @@ class _Connection(H11Protocol):
     Uvicorn alone waits for the first request without a limit, and for the rest of any request that has begun.
     """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.loop.call_later(IDLE_SECONDS, self._close_if_idle, None)
 
