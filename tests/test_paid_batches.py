@@ -52,14 +52,13 @@ def remove_note(tmp_path):
     (tmp_path / "out" / "batch" / "00001.json").unlink()
 
 
-@pytest.mark.parametrize("fault", ["POST files", "POST batches", "GET batches"])
+@pytest.mark.parametrize("fault", ["POST files", "GET batches"])
 @pytest.mark.parametrize("max_cost", [0.0001, 1.0, None])
 def test_a_job_that_was_not_sent_follows_the_wishes_of_the_next_run(ask, server, tmp_path, fault, max_cost):
     server.answers[fault] = [401]
     assert "rejected" in str(ask("gpt-4o")[0].error)
-    sent = len(server.created)  # an endpoint that creates a batch and then says 401 has it
     outcome, replies = ask("m", price=Price(1.0, 1.0), max_cost=max_cost)
-    models = [line["body"]["model"] for lines in server.created[sent:] for line in lines]
+    models = [line["body"]["model"] for lines in server.created for line in lines]
     assert models == ["m"] * replies
     assert replies == {0.0001: 1, 1.0: 4, None: 4}[max_cost]
     assert (outcome.stopped is None) == (replies == 4)
