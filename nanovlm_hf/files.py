@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 
 from filelock import FileLock, Timeout
 
-from .errors import InputError, UsageError, first_line, printable, scrub
+from .errors import InputError, first_line, printable, scrub
 
 T = TypeVar("T")
 
@@ -328,28 +328,28 @@ def check_output(path: Path, option: str, folder: bool) -> None:
         folder: whether it is a folder, which is made with its parents, or a file in a folder that exists.
 
     Raises:
-        UsageError: if it cannot be written, with the remedy.
+        InputError: if it cannot be written, with the remedy.
     """
-    shown = f"{option} {printable(path)}"
+    shown = f"{option} {printable(path)}: cannot be written"
     try:
         if not folder and path.is_dir():
-            raise UsageError(f"{shown}: this is a folder: name a file")
+            raise InputError(f"{shown}: this is a folder: name a file")
         if folder and (path.exists() or path.is_symlink()) and not path.is_dir():
-            raise UsageError(f"{shown}: this is a file: name a folder")
+            raise InputError(f"{shown}: this is a file: name a folder")
         place = path if folder else path.parent
         if not folder and not place.exists():
-            raise UsageError(f"{shown}: there is no folder {printable(place)}: make it, or name another")
+            raise InputError(f"{shown}: there is no folder {printable(place)}: make it, or name another")
         while not place.exists() and place != place.parent:
             place = place.parent
         if not place.is_dir():
-            raise UsageError(f"{shown}: {printable(place)} is a file: name another folder")
+            raise InputError(f"{shown}: {printable(place)} is a file: name another folder")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise UsageError(f"{shown}: {printable(place)} may not be written: check its permissions, or name another")
+            raise InputError(f"{shown}: {printable(place)} may not be written: check its permissions, or name another")
     except (OSError, ValueError) as error:  # a name that is too long, a loop of symbolic links, a null byte
-        if isinstance(error, UsageError):
+        if isinstance(error, InputError):
             raise
         problem = getattr(error, "strerror", None) or first_line(error)
-        raise UsageError(f"{shown}: cannot be written ({problem}): name another") from None
+        raise InputError(f"{shown} ({problem}): name another") from None
 
 
 @contextmanager

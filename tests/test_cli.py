@@ -438,7 +438,7 @@ def test_what_cannot_be_written_is_refused_with_the_option(run, tmp_path, monkey
     assert problem in line
     assert "Errno" not in line
     assert "unexpected" not in line
-    assert code == 2
+    assert code == 1
     assert f"{command[-1]} {name}"[:40].strip() in line
 
 
