@@ -794,8 +794,8 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
         Beam search cannot be streamed: with a streamer, a checkpoint that decodes with beams by default is decoded
         greedily (see `greedy_settings`) unless `num_beams` or `generation_config` is given.
         """
-        given = kwargs.get("streamer") is not None
-        if given and "num_beams" not in kwargs and kwargs.get("generation_config") is None:
+        is_streamed = kwargs.get("streamer") is not None
+        if is_streamed and "num_beams" not in kwargs and kwargs.get("generation_config") is None:
             kwargs = greedy_settings(self.generation_config) | kwargs
         return super().generate(*args, **kwargs)
 

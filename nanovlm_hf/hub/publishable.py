@@ -102,7 +102,7 @@ def _check_private(shown: Path, path: Path) -> None:
         text = _png_text(shown, path)
     else:
         text = _header(path) if name.endswith(".safetensors") else _text(shown, path)
-    check_private(text, str(shown), paths=name not in {*VOCABULARIES, "tokenizer.json"})
+    check_private(text, str(shown), paths=name not in VOCABULARIES)
     if name == "tokenizer.json":
         check_private(_without_vocabulary(text), str(shown))
 
