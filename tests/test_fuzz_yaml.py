@@ -63,4 +63,4 @@ def test_mutated_configs_are_read_or_refused(tmp_path):
         except BaseException as error:
             raise AssertionError(f"seed {SEED}, case {number}: {content!r}") from error
         assert message is None or ("\n" not in message and len(message) < 1000), (SEED, number, content)
-    assert 0.05 * CASES < read < 0.95 * CASES, "some are valid, some are not"
+    assert 0.02 * CASES < read < 0.95 * CASES, "some are valid, some are not"

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ResNetConfig, ResNetModel, set_seed
 
 from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, cli
@@ -149,8 +151,10 @@ def test_the_decoder_learns_texts_without_images(toy, tmp_path, stories):
     arguments, folder = run(toy, tmp_path / "run", "--texts", "short", stories, "--image_dropout", 1)
     assert [row["grounding_gap"] for row in metrics(folder) if "grounding_gap" in row] == [0.0]
     assert trained_parts(arguments, folder) == {"language_model"}
-    record = (folder / "training_args.yaml").read_text()
-    assert "stories.jsonl: " in record, "the record has a hash of the file"
+    record = yaml.safe_load((folder / "training_args.yaml").read_text())
+    (file,) = record["data"]["train"]["files"]
+    assert file["name"] == "stories.jsonl"
+    assert re.fullmatch("[0-9a-f]{16}", file["sha256"])
 
 
 def test_image_dropout_hides_some_images(toy):
