@@ -244,10 +244,32 @@ class NanoVLMTextLayer(GradientCheckpointingLayer):
         return hidden_states, weights
 
 
+class NanoVLMPatchConv2d(nn.Conv2d):
+    """3x3 convolution over the grid of patches that can leave out the patches that are dropped.
+
+    Takes the grid (B, H, W, D); returns (B, H * W, D), or (B, K, D) of the patches `kept` (B, K) alone.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, width, kernel_size=3, padding=1)
+
+    def forward(self, grid: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        if kept is None:
+            return super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        batch, height, width, _ = grid.shape
+        padded = nn.functional.pad(grid, (0, 0, 1, 1, 1, 1))
+        steps = torch.arange(3, device=grid.device)
+        images = torch.arange(batch, device=grid.device)[:, None] * ((height + 2) * (width + 2))
+        corners = images + kept // width * (width + 2) + kept % width
+        neighbours = corners[..., None] + (steps[:, None] * (width + 2) + steps).flatten()
+        inputs = nn.functional.embedding(neighbours, padded.flatten(0, 2)).flatten(2)
+        return nn.functional.linear(inputs, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
 class NanoVLMPatchEmbeddings(nn.Module):
     """Turn patches into tokens (figure 4): two convolutions, each with LayerNorm and ReLU, then a linear layer.
 
-    Takes (B, channels, height, width); returns (B, P, D).
+    Takes (B, channels, height, width); returns (B, P, D), or (B, K, D) of the patches `kept` (B, K) alone.
     """
 
     def __init__(self, config: NanoVLMVisionConfig):
@@ -255,16 +277,15 @@ class NanoVLMPatchEmbeddings(nn.Module):
         width = config.hidden_size
         self.conv1 = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = NanoVLMPatchConv2d(width)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc = nn.Linear(width, width)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         # The channels stay last throughout: LayerNorm needs it, and it is the faster layout for the convolutions.
         grid = self.conv1(pixel_values.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        grid = nn.functional.relu(self.layer_norm1(grid)).permute(0, 3, 1, 2)
-        grid = self.conv2(grid).permute(0, 2, 3, 1)
-        return self.fc(nn.functional.relu(self.layer_norm2(grid))).flatten(1, 2)
+        patches = self.conv2(nn.functional.relu(self.layer_norm1(grid)), kept)
+        return self.fc(nn.functional.relu(self.layer_norm2(patches)))
 
 
 class NanoVLMVisionEmbeddings(nn.Module):
@@ -279,16 +300,18 @@ class NanoVLMVisionEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        height, width = pixel_values.shape[-2:]
-        patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))
-        cls_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        batch, _, height, width = pixel_values.shape
         positions = self.position_embeddings
         if interpolate_pos_encoding:
             positions = self.interpolate_pos_encoding(height, width)
-        hidden_states = torch.cat([cls_token, patches], dim=1) + positions
+        cls_position, patch_positions = positions[:, :1], positions[:, 1:]
+        kept = None
         if self.training and self.config.patch_dropout:
-            hidden_states = _drop_patches(hidden_states, self.config.patch_dropout)
-        return self.dropout(hidden_states)
+            kept = _kept_patches(batch, patch_positions.shape[1], self.config.patch_dropout, pixel_values.device)
+            patch_positions = nn.functional.embedding(kept, patch_positions[0])
+        patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype), kept) + patch_positions
+        cls_token = (self.cls_token + cls_position).expand(batch, -1, -1).to(patches.dtype)
+        return self.dropout(torch.cat([cls_token, patches], dim=1))
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
         """Return the position embeddings of an image of `height` x `width` pixels, (1, P + 1, D)."""
@@ -875,14 +898,10 @@ def _count_positions(attention_mask: torch.Tensor | None, cache_position: torch.
     return counted[:, -cache_position.shape[0] :]
 
 
-def _drop_patches(hidden_states: torch.Tensor, share: float) -> torch.Tensor:
-    """Keep [CLS] and random patches of each image, (B, P + 1, D) (PatchDropout, Liu et al. 2022)."""
-    batch, length, _ = hidden_states.shape
-    kept = max(1, round((length - 1) * (1 - share)))
-    drawn = torch.rand(batch, length - 1, device=hidden_states.device).argsort(dim=1)[:, :kept] + 1
-    rows = torch.arange(batch, device=hidden_states.device)[:, None] * length
-    indices = torch.cat([rows, rows + drawn], dim=1)
-    return hidden_states.flatten(0, 1).index_select(0, indices.flatten()).unflatten(0, indices.shape)
+def _kept_patches(batch: int, patches: int, share: float, device: torch.device) -> torch.Tensor:
+    """Return the indices (B, K) of random patches of each image, all but a share (PatchDropout, Liu et al. 2022)."""
+    kept = max(1, round(patches * (1 - share)))
+    return torch.rand(batch, patches, device=device).argsort(dim=1)[:, :kept]
 
 
 def _resolve_output_flags(config: Any, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
