@@ -8,6 +8,6 @@ set -euo pipefail
 [ $# -eq 3 ] || { echo "usage: bash $0 DATA OUT MINI" >&2; exit 2; }
 source "$(dirname "$0")/stages.sh"
 
-stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5
-variant base short --patch_dropout 0.5
-variant base long --patch_dropout 0.5
+stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5 --num_train_epochs 2
+variant base short --patch_dropout 0.5 --num_train_epochs 0.5
+variant base long --patch_dropout 0.5 --num_train_epochs 0.5
