@@ -13,7 +13,7 @@ from nanovlm_hf.loading import load_model
 from helpers.models import random_image, tiny_model
 
 PROMPT = [7, 8, 9]
-PREFIXES = ("", "A little boy", "There is a big red")
+PREFIXES = ("", "There is a big red")
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
@@ -69,7 +69,7 @@ def test_an_exported_checkpoint_writes_the_texts_of_pytorch(name, tmp_path):
     write_onnx(name, tmp_path / "onnx", "fp16")
     exported, (model, processor) = OnnxModel(tmp_path / "onnx"), load_model(name)
     paths = photos(tmp_path)
-    for num_beams in (None, 1, 2, 4):
+    for num_beams in (None, 1, 2):
         chosen = {} if num_beams is None else {"num_beams": num_beams}
         for prefix in PREFIXES:
             expected = completion.complete(model, processor, paths, prefix, **chosen)

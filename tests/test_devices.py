@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from nanovlm_hf import devices
 
 from helpers.models import tiny_model
-from helpers.runs import toy_options
+from helpers.runs import tiny_options
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ def recorded(folder):
 def test_run_records_precision_and_resumes_with_it(train, tmp_path, toy, monkeypatch):
     """On a CPU whose bf16 instructions are disabled in oneDNN."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    options = [*map(str, toy_options(toy, tmp_path / "run")), "--max_steps", "2", "--save_steps", "1"]
+    options = [*map(str, tiny_options(toy, tmp_path / "run")), "--max_steps", "2", "--save_steps", "1"]
     options = options[: options.index("--mixed_precision")] + options[options.index("--mixed_precision") + 2 :]
     options += ["--save_total_limit", "2", "--resume", "auto"]
     code, errors = train(*options)

@@ -27,7 +27,7 @@ from helpers.toy_data import write_sources
 pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("NANOVLM_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("NANOVLM_FUZZ_CASES", "200"))
+CASES = int(os.environ.get("NANOVLM_FUZZ_CASES", "100"))
 SECONDS = 10.0  # of CPU time that one input may take
 WAIT = 60.0  # seconds by the clock, on a machine that other tests keep busy
 

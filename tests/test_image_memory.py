@@ -12,7 +12,7 @@ from helpers.memory import measured
 
 MOST = 1536  # MiB
 SIDE = 10_900
-IMAGES = 4  # of a dataset
+IMAGES = 2  # of a dataset
 
 
 def saved_huge(mode: str, colour, format: str, **settings) -> bytes:

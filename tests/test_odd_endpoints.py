@@ -511,7 +511,7 @@ def account_for(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "kills"), [("describe", 5), ("judge", 2)])
+@pytest.mark.parametrize(("command", "kills"), [("describe", 3), ("judge", 2)])
 def test_kills_faults_and_refused_prompts(run, tmp_path, command, kills):
     import random
 

@@ -19,7 +19,7 @@ from nanovlm_hf.training.streaming import StreamedBatches, StreamedSplit, open_s
 from nanovlm_hf.training.texts import TokenizedTexts
 
 from helpers.image_files import png_header
-from helpers.runs import CONFIG, metrics, toy_options, weights
+from helpers.runs import CONFIG, metrics, small_options, weights
 from helpers.toy_data import jpeg_of
 
 
@@ -67,12 +67,12 @@ def test_a_streamed_run_learns_and_resumes(train, tmp_path, toy):
     options += ("--max_steps", 28, "--save_steps", 11, "--save_total_limit", 9, "--eval_steps", 14)
     options += ("--augment", "true", "--logging_steps", 2, "--warmup_steps", 10)
     whole, other = tmp_path / "whole", tmp_path / "other"
-    assert train("--config", CONFIG, *toy_options(toy, whole), *options)[0] == 0
+    assert train("--config", CONFIG, *small_options(toy, whole), *options)[0] == 0
     rows = [row for row in metrics(whole) if "train_loss" in row]
     assert rows[-1]["epoch"] == 0.0
     assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
     state = whole / "states" / "step-00000022"
-    assert train("--config", CONFIG, *toy_options(toy, other), *options, "--resume", state)[0] == 0
+    assert train("--config", CONFIG, *small_options(toy, other), *options, "--resume", state)[0] == 0
     after = {row["step"]: row["train_loss"] for row in metrics(other) if "train_loss" in row}
     assert list(after) == [24, 26, 28]
     assert after == {row["step"]: row["train_loss"] for row in rows if row["step"] > 22}
@@ -80,7 +80,7 @@ def test_a_streamed_run_learns_and_resumes(train, tmp_path, toy):
     assert "A stream of images for training" in (whole / "best" / "README.md").read_text()
 
     mapped = tmp_path / "mapped"
-    assert train("--config", CONFIG, *toy_options(toy, mapped), "--max_steps", 2)[0] == 0
+    assert train("--config", CONFIG, *small_options(toy, mapped), "--max_steps", 2)[0] == 0
     records = [RunDirectory(run, exist_ok=True).description()["data"] for run in (whole, mapped)]
     assert records[0]["validation"] == records[1]["validation"], "both are evaluated on the same images"
     assert records[0]["train"]["files"] == 1
@@ -220,7 +220,7 @@ def test_streamed_pixels_are_those_of_the_stored_image(toy, processor):
     ],
 )
 def test_wrong_streams(train, tmp_path, toy, options, code, message):
-    got, errors = train("--config", CONFIG, *toy_options(toy, tmp_path / "run"), "--streaming", "true", *options)
+    got, errors = train("--config", CONFIG, *small_options(toy, tmp_path / "run"), "--streaming", "true", *options)
     assert got == code
     assert message in errors
     assert "Traceback" not in errors
@@ -253,7 +253,7 @@ def test_the_splits_of_a_stream_are_checked(processor, monkeypatch, split, rows,
 
 @pytest.mark.slow
 def test_a_stream_is_resumed_by_the_same_number_of_processes(train, tmp_path, toy, monkeypatch):
-    options = ("--config", CONFIG, *toy_options(toy, tmp_path / "run"), "--streaming", "true", "--max_steps", 2)
+    options = ("--config", CONFIG, *small_options(toy, tmp_path / "run"), "--streaming", "true", "--max_steps", 2)
     assert train(*options)[0] == 0
     (state,) = RunDirectory(tmp_path / "run", exist_ok=True).states()
     progress = state / "progress.json"
