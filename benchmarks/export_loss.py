@@ -1,8 +1,8 @@
 """Compare the validation loss of a released checkpoint with that of its exports.
 
 `python benchmarks/export_loss.py mini-short --dataset data` exports the checkpoint as each dtype and prints the size,
-the mean loss in nats per token over the first validation images, and its difference from PyTorch's on the same images.
-It needs the extra `onnx`, and a dataset that `nanovlm data build` wrote.
+the mean loss in nats per token over validation images (those with the lowest hashes of their ids, as in training), and
+its difference from PyTorch's on the same images. It needs the extra `onnx`, and a dataset of `nanovlm data build`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from nanovlm_hf.checkpoints import SHIPPED
+from nanovlm_hf.data.splits import lowest_hashes
 from nanovlm_hf.evaluation.items import load_rows, open_image
 from nanovlm_hf.export.onnx import as_dtype, export_graphs, weights_digest, write_configuration
 from nanovlm_hf.export.runtime import OnnxModel, graph_path
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", default="mini-short", choices=SHIPPED)
     parser.add_argument("--dataset", default="data", help="folder or Hub id")
-    parser.add_argument("--images", type=int, default=200, help="number of validation images, the first ones")
+    parser.add_argument("--images", type=int, default=200, help="number of validation images")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -60,7 +61,7 @@ def main() -> None:
     model = model.to("cpu", torch.float32).eval()
     model.set_attn_implementation("eager")
     rows = load_rows(arguments.dataset, arguments.checkpoint.split("-")[1], "validation")
-    rows = rows.select(range(min(arguments.images, len(rows))))
+    rows = rows.select(lowest_hashes(rows["image_id"], arguments.images))
     first = processor.image_seq_length - 1  # the last image token, which predicts the first word
     with tempfile.TemporaryDirectory() as folder:
         sizes = write_exports(model, processor, Path(folder))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, set_seed
 
-from .completion_files import DEFAULT_NEW_TOKENS, Completion, find_images, refuse_special_tokens
+from .completion_files import Completion, find_images, new_tokens, refuse_special_tokens
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, completion_line
 from .generation_nanovlm import greedy_settings
@@ -167,17 +167,7 @@ def fit_new_tokens(config: NanoVLMConfig, processor: NanoVLMProcessor, prefix: s
     special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     refuse_special_tokens(prefix, special | set(processor.tokenizer.all_special_tokens))
     used = processor.image_seq_length + len(processor(text=prefix)["input_ids"][0])
-    entries = config.text_config.max_position_embeddings
-    if used >= entries:
-        raise InputError(f"prefix: {used} tokens with the image's leave no room in the model's {entries}: shorten it")
-    if max_new_tokens is None:
-        return min(DEFAULT_NEW_TOKENS, entries - used)
-    if used + max_new_tokens > entries:
-        raise InputError(
-            f"max_new_tokens: {max_new_tokens} after {used} tokens of image and prefix are more than the model's "
-            f"{entries}: ask for {entries - used} at most"
-        )
-    return max_new_tokens
+    return new_tokens(used, config.text_config.max_position_embeddings, max_new_tokens)
 
 
 __all__ = [

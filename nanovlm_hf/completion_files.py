@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import UsageError, printable, scrub
+from .errors import InputError, UsageError, printable, scrub
 from .images import scan_folder
 
 DEFAULT_NEW_TOKENS = 96  # a LongDesc has 75 tokens on average and 88 at most
@@ -48,6 +48,29 @@ def refuse_special_tokens(prefix: str, special: Iterable[str]) -> None:
         raise UsageError(f"prefix: {scrub(found, 60)} is a special token and must not be part of the text")
     if any("\ud800" <= one <= "\udfff" for one in prefix):
         raise UsageError("prefix: it is not valid Unicode: give the text as UTF-8")
+
+
+def new_tokens(used: int, positions: int, max_new_tokens: int | None) -> int:
+    """Return how many tokens may follow a prompt: `max_new_tokens`, or as many as fit, up to 96.
+
+    Args:
+        used: tokens of the prompt, with those of the image.
+        positions: of the model.
+
+    Raises:
+        InputError: if they do not fit the positions.
+    """
+    room = positions - used
+    if room < 1:
+        raise InputError(f"prefix: {used} tokens with the image's leave no room in the model's {positions}: shorten it")
+    if max_new_tokens is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    if max_new_tokens > room:
+        raise InputError(
+            f"max_new_tokens: {max_new_tokens} after {used} tokens of image and prefix are more than the model's "
+            f"{positions}: ask for {room} at most"
+        )
+    return max_new_tokens
 
 
 def find_images(paths: list[Path]) -> list[Completion]:

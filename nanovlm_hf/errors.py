@@ -16,7 +16,7 @@ MAX_MESSAGE = 300  # characters kept of a message that this package did not writ
 _SECRETS_IN_ENVIRONMENT = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
 _TOKEN = re.compile(r"\b(?:sk-|hf_|ghp_|github_pat_|xox[a-z]-)[\w-]{6,}|\bBearer\s+[\w.~+/=-]{6,}", re.IGNORECASE)
-# Keys and tokens as their issuers write them; all repetitions are of one class, so that the search takes linear time.
+# Keys and tokens as their issuers write them. The search takes linear time: few attempts read the same place.
 _ISSUED = re.compile(
     r"""(?<![A-Za-z0-9])(?:
     (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}                                         # Amazon
@@ -31,7 +31,7 @@ _ISSUED = re.compile(
     | [prs]k_(?:live|test)_[A-Za-z0-9]{10,} | whsec_[A-Za-z0-9]{16,}            # Stripe
     | SG\.[\w-]{16,}\.[\w-]{16,} | do[opr]_v1_[a-f0-9]{32,} | dapi[a-f0-9]{32} # SendGrid, DigitalOcean, Databricks
     | hv[sbr]\.[\w-]{20,} | AGE-SECRET-KEY-1[A-Z0-9]{20,} | \d{8,10}:AA[\w-]{33} # Vault, age, Telegram
-    | eyJ[\w-]{6,}\.eyJ[\w-]{6,}(?:\.[\w-]*)?                                  # JSON web token
+    | (?<![\w-])eyJ[\w-]{6,}\.eyJ[\w-]{6,}(?:\.[\w-]*)?                       # JSON web token
     )|-----BEGIN\ [A-Z0-9 ]{0,40}PRIVATE\ KEY[A-Z ]{0,10}-----
     |(?i:[?&](?:[a-z]{1,12}[_-])?(?:api_?key|key|token|sig|signature|secret|password)=[^\s&"'<>]{6,})
     |(?i:\bauthorization["']?\s?[:=]\s?["']?(?:basic|token)\s[\w.~+/=-]{8,})""",
@@ -40,7 +40,7 @@ _ISSUED = re.compile(
 # `name_key: value`, where the value is too long and too mixed for a word or a setting, and no file name or number.
 _ASSIGNED = re.compile(
     r"""(?:key|token|secret|password|passwd)["']?\s{0,2}[:=]\s{0,2}["']?
-    (?=[A-Za-z+/_-]{0,100}\d)(?=[\d+/_-]{0,100}[A-Za-z])[\w+/=-]{16,}(?![\w+/=.-])""",
+    (?=[A-Za-z+/_-]{0,100}\d)(?=[\d+/_-]{0,100}[A-Za-z])[\w+/=-]{16,400}+(?!\.)""",
     re.VERBOSE | re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")

@@ -332,8 +332,8 @@ def check_output(path: Path, option: str, folder: bool) -> None:
     """
     shown = f"{option} {printable(path)}: cannot be written"
     try:
-        if not folder and path.is_dir():
-            raise InputError(f"{shown}: this is a folder: name a file")
+        if not folder and path.exists() and not path.is_file():
+            raise InputError(f"{shown}: this is {'a folder' if path.is_dir() else 'not a regular file'}: name a file")
         if folder and (path.exists() or path.is_symlink()) and not path.is_dir():
             raise InputError(f"{shown}: this is a file: name a folder")
         place = path if folder else path.parent

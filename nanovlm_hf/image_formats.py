@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from .image_streams import MOST_SCANNED_PIXELS, ExcessiveError, comments, jpeg_scans
+from .image_streams import MOST_SCANNED_PIXELS, ExcessiveError, comments, jpeg_scans, most_scans
 
 # Every format that Pillow decodes by itself. Excluded are EPS (starts Ghostscript), IPTC (may contain an EPS), WMF,
 # BUFR, GRIB and HDF5 (stubs that need a handler) and MPEG (identified but never decoded).
@@ -129,7 +129,7 @@ def check_time(image: Image.Image, file: BinaryIO, pixels: int, file_size: int) 
         scans = jpeg_scans(file, at_most=MOST_SCANNED_PIXELS // max(1, pixels))
     elif image.format == "TIFF" and image.tag_v2.get(259) == 7 and pixels * _TIFF_SCANS > MOST_SCANNED_PIXELS:
         blocks = {*image.tag_v2.get(273, ()), *image.tag_v2.get(324, ())}
-        scans = max((jpeg_scans(file, start) for start in blocks if start < file_size), default=1)
+        scans = most_scans(file, [start for start in blocks if start < file_size])
     if scans > 1 and scans * pixels > MOST_SCANNED_PIXELS:
         raise ExcessiveError(f"it is a JPEG of {scans:,} scans")
     file.seek(place)

@@ -189,10 +189,10 @@ def images_of_texts(images: Any) -> list[list[Any]]:
         images = [images]
     if not _is_list(images):
         raise ValueError(f"images must be {_IMAGES}, not {_name(images)}")
-    if not len(images):
-        raise ValueError("images is an empty list: give at least one image, or None for text only")
     if all(_dimensions(one) == 4 for one in images):
         images = [image for batch in images for image in batch]
+    if not len(images):
+        raise ValueError("images is empty: give at least one image, or None for text only")
     texts = [list(one) if _is_list(one) else [one] for one in images]
     for image in (image for one in texts for image in one):
         if not _is_image(image) or _dimensions(image) not in (None, 2, 3):
@@ -248,6 +248,7 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     checked["size"] = {name: int(size[name]) for name in ("height", "width")}
     if settings["resample"] not in list(PILImageResampling) or isinstance(settings["resample"], bool):
         raise ValueError(f"resample must be one of Pillow's filters, 0 to 5, not {settings['resample']!r}")
+    checked["resample"] = int(settings["resample"])
     if not _is_number(settings["rescale_factor"]) or settings["rescale_factor"] == 0:
         raise ValueError(f"rescale_factor must be a number other than 0, not {settings['rescale_factor']!r}")
     channels = (3,) if settings["do_convert_rgb"] else (1, 3, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -16,6 +17,8 @@ MOST_HEADER_BYTES = 32 * 2**20  # or the size of the file, if that is more; some
 MOST_NUMBERS = 250_000  # of a TIFF tag: the offsets of as many strips or tiles
 MOST_EXIF_BYTES = 2**20  # of a JPEG's segments, which are joined one by one
 MOST_SEGMENTS = 10_000  # of a JPEG
+MOST_SEGMENTS_OF_ALL = 500_000  # of the JPEGs in a TIFF, which take a second or two
+MOST_HEADERS = 100  # of Exif data in an AVIF, where random bytes look like one every 700 MB
 MOST_ICON_PIXELS = 4_000_000  # of a bitmap and its mask
 # Decoding a scan of a progressive JPEG takes up to 1.5 ns for each pixel, however short it is.
 MOST_SCANNED_PIXELS = 2_400_000_000
@@ -83,20 +86,36 @@ def check_metadata(file: BinaryIO, size: int) -> None:
     elif head[4:8] == b"ftyp":
         file.seek(0)
         content = file.read()
-        for found in list(_TIFF.finditer(content))[:100]:
+        for number, found in enumerate(_TIFF.finditer(content)):
+            if number == MOST_HEADERS:
+                raise ExcessiveError(f"it has more than {MOST_HEADERS} headers of Exif data")
             _check_tags(content[found.start() : found.start() + MOST_TAG_BYTES])
     file.seek(0)
 
 
-def jpeg_scans(file: BinaryIO, start: int = 0, at_most: int = 0) -> int:
-    """Return the number of scans of the JPEG at `start`; if there are few in the whole file, `at_most` or fewer, these.
+def jpeg_scans(file: BinaryIO, at_most: int) -> int:
+    """Return the number of scans of a JPEG; if there seem to be `at_most` or fewer, what they seem to be.
 
     Raises:
         ExcessiveError: if it has more than `MOST_SEGMENTS` segments.
     """
-    if at_most and (number := _count(file, b"\xff\xda")) <= at_most:
-        return number
-    return sum(code == 0xDA for code, _, _ in _segments(file, start))
+    number = _count(file, b"\xff\xda")  # which data of other segments may contain as well
+    return number if number <= at_most else most_scans(file, [0])
+
+
+def most_scans(file: BinaryIO, starts: Iterable[int]) -> int:
+    """Return the largest number of scans of the JPEGs at some places of a file; 1 if there are none.
+
+    Raises:
+        ExcessiveError: if one has more than `MOST_SEGMENTS` segments, or all have more than `MOST_SEGMENTS_OF_ALL`.
+    """
+    most, segments = 1, 0
+    for start in starts:
+        codes = [code for code, _, _ in _segments(file, start)]
+        most, segments = max(most, codes.count(0xDA)), segments + len(codes) + 1
+        if segments > MOST_SEGMENTS_OF_ALL:
+            raise ExcessiveError(f"its strips or tiles have more than {MOST_SEGMENTS_OF_ALL:,} segments")
+    return most
 
 
 def comments(file: BinaryIO) -> int:
@@ -193,4 +212,4 @@ def _count(file: BinaryIO, pattern: bytes) -> int:
     return number
 
 
-__all__ = ["ExcessiveError", "MeteredFile", "check_metadata", "comments", "image_in_icns", "jpeg_scans"]
+__all__ = ["ExcessiveError", "MeteredFile", "check_metadata", "comments", "image_in_icns", "jpeg_scans", "most_scans"]

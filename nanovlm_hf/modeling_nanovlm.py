@@ -6,15 +6,15 @@ P patches of an image (196), I tokens of an image in the sequence (1, 196 or 197
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -244,28 +244,6 @@ class NanoVLMTextLayer(GradientCheckpointingLayer):
         return hidden_states, weights
 
 
-class NanoVLMPatchConv2d(nn.Conv2d):
-    """3x3 convolution over the grid of patches that can leave out the patches that are dropped.
-
-    Takes the grid (B, H, W, D); returns (B, H * W, D), or (B, K, D) of the patches `kept` (B, K) alone.
-    """
-
-    def __init__(self, width: int):
-        super().__init__(width, width, kernel_size=3, padding=1)
-
-    def forward(self, grid: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        if kept is None:
-            return super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        batch, height, width, _ = grid.shape
-        padded = nn.functional.pad(grid, (0, 0, 1, 1, 1, 1))
-        steps = torch.arange(3, device=grid.device)
-        images = torch.arange(batch, device=grid.device)[:, None] * ((height + 2) * (width + 2))
-        corners = images + kept // width * (width + 2) + kept % width
-        neighbours = corners[..., None] + (steps[:, None] * (width + 2) + steps).flatten()
-        inputs = nn.functional.embedding(neighbours, padded.flatten(0, 2)).flatten(2)
-        return nn.functional.linear(inputs, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
-
-
 class NanoVLMPatchEmbeddings(nn.Module):
     """Turn patches into tokens (figure 4): two convolutions, each with LayerNorm and ReLU, then a linear layer.
 
@@ -277,14 +255,19 @@ class NanoVLMPatchEmbeddings(nn.Module):
         width = config.hidden_size
         self.conv1 = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.conv2 = NanoVLMPatchConv2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc = nn.Linear(width, width)
 
     def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         # The channels stay last throughout: LayerNorm needs it, and it is the faster layout for the convolutions.
         grid = self.conv1(pixel_values.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        patches = self.conv2(nn.functional.relu(self.layer_norm1(grid)), kept)
+        grid = nn.functional.relu(self.layer_norm1(grid))
+        if kept is None or type(self.conv2) is not nn.Conv2d:  # such as an adapter around it
+            patches = self.conv2(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+            patches = patches if kept is None else patches.take_along_dim(kept[..., None], dim=1)
+        else:
+            patches = _convolve_at(kept, grid, self.conv2)
         return self.fc(nn.functional.relu(self.layer_norm2(patches)))
 
 
@@ -787,12 +770,13 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model; with `push_to_hub`, upload it with its code, as `push_to_hub()` does."""
-        if not kwargs.get("push_to_hub") and self._auto_class is None:
-            return super().save_pretrained(save_directory, **kwargs)
+        save = super().save_pretrained
+        if not inspect.signature(save).bind(*args, **kwargs).arguments.get("push_to_hub") and self._auto_class is None:
+            return save(*args, **kwargs)
         with self._saved_with_code():
-            return super().save_pretrained(save_directory, **kwargs)
+            return save(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the model with the code that loads it by `trust_remote_code=True`; push the processor as well."""
@@ -811,16 +795,21 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
             if before is not None:
                 self.config.auto_map = before
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Generate as every Transformers model does.
 
-        Beam search cannot be streamed: with a streamer, a checkpoint that decodes with beams by default is decoded
-        greedily (see `greedy_settings`) unless `num_beams` or `generation_config` is given.
+        Beam search cannot be streamed: with a streamer, a config that asks for beams, given or of the checkpoint, is
+        replaced by greedy search (see `greedy_settings`), unless `num_beams` is given.
         """
-        is_streamed = kwargs.get("streamer") is not None
-        if is_streamed and "num_beams" not in kwargs and kwargs.get("generation_config") is None:
-            kwargs = greedy_settings(self.generation_config) | kwargs
-        return super().generate(*args, **kwargs)
+        if kwargs.get("streamer") is not None and "num_beams" not in kwargs:
+            kwargs = greedy_settings(self.generation_config, generation_config) | kwargs
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
@@ -902,6 +891,20 @@ def _kept_patches(batch: int, patches: int, share: float, device: torch.device) 
     """Return the indices (B, K) of random patches of each image, all but a share (PatchDropout, Liu et al. 2022)."""
     kept = max(1, round(patches * (1 - share)))
     return torch.rand(batch, patches, device=device).argsort(dim=1)[:, :kept]
+
+
+def _convolve_at(kept: torch.Tensor, grid: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
+    """Return a 3x3 convolution over the grid of patches (B, H, W, D), at the patches `kept` (B, K) alone, (B, K, D)."""
+    batch, height, width, _ = grid.shape
+    if torch.is_autocast_enabled(grid.device.type):  # before the states of a patch are copied to its nine neighbours
+        grid = grid.to(torch.get_autocast_dtype(grid.device.type))
+    padded = nn.functional.pad(grid, (0, 0, 1, 1, 1, 1)).flatten(0, 2)
+    steps = torch.arange(3, device=grid.device)
+    images = torch.arange(batch, device=grid.device)[:, None] * ((height + 2) * (width + 2))
+    corners = images + kept // width * (width + 2) + kept % width
+    neighbours = corners[..., None] + (steps[:, None] * (width + 2) + steps).flatten()
+    states = nn.functional.embedding(neighbours, padded).flatten(2)
+    return nn.functional.linear(states, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
 def _resolve_output_flags(config: Any, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import errno
 import functools
+import socket
 import uuid
 from typing import Annotated, Any, Literal
 
@@ -207,9 +209,21 @@ def serve(name: str, host: str, port: int) -> None:
         port: 0 for any free port.
 
     Raises:
-        InputError: if the checkpoint cannot be loaded.
+        InputError: if the checkpoint cannot be loaded, or the address is in use or not of this machine.
     """
+    _check_address(host, port)
     uvicorn.Server(server_config(build_app(name), host=host, port=port, log_level="info")).run()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Check that a server can listen at an address; Uvicorn itself would fail after the model is loaded."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise InputError(f"--port {port}: in use: choose another") from None
+        problem = f"cannot listen there ({first_line(error)}): choose an address of this machine, or another --port"
+        raise InputError(f"--host {host}: {problem}") from None
 
 
 def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:

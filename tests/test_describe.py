@@ -41,6 +41,16 @@ def describe(run, server, captions, tmp_path):
     return call
 
 
+def test_images_with_the_same_captions_are_described_once(describe, tmp_path, captions):
+    content = json.loads(captions.read_text())
+    for row in content["annotations"]:
+        row["caption"] = "a dog and a boy play with a ball"
+    captions.write_text(json.dumps(content))
+    code, lines, _ = describe("--variant", "short", "--attempts", 1)
+    assert (code, lines) == (0, ["short: 1 described, 19 not (near_duplicate 19)"])
+    assert len(rows(tmp_path / "out" / "replies.jsonl")) == 1
+
+
 def test_both_variants_of_every_image(describe, tmp_path):
     code, lines, _ = describe("--variant", "both")
     assert code == 0

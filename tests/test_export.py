@@ -130,6 +130,10 @@ def test_a_hostile_export_is_one_line(exported, tmp_path):
     for name, change, problem in (
         ("generation_config.json", {"suppress_tokens": [999_999]}, too_large),
         ("generation_config.json", {"beam_search": {"num_beams": 10**9}}, r"beam_search\.num_beams"),
+        *(
+            ("generation_config.json", {"beam_search": {"num_beams": 2, "length_penalty": value}}, "length_penalty")
+            for value in (1e308, -1e308, 1e4)
+        ),
         ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, r"tokenizer\.json: normalizer"),
         ("tokenizer.json", {"model": merges}, r"tokenizer\.json: cannot be loaded"),
     ):
@@ -185,9 +189,11 @@ def test_the_command_line_of_a_completion(exported):
     assert text == model.complete(random_image(), "There is a", max_new_tokens=5)
     with pytest.raises(InputError, match="prefix: <image> stands for the image"):
         model.complete(random_image(), "a <image>")
-    with pytest.raises(InputError, match="num_beams: 257: an exported model takes 256 at most"):
+    with pytest.raises(UsageError, match="num_beams: 257: an exported model takes 256 at most"):
         model.complete(random_image(), "There", num_beams=257)
-    with pytest.raises(InputError, match=r"leave no room in 48 positions"):
+    with pytest.raises(InputError, match=r"max_new_tokens: 48 after .* ask for \d+ at most"):
+        model.complete(random_image(), "There", max_new_tokens=48)
+    with pytest.raises(InputError, match=r"leave no room in the model's 48"):
         model.complete(random_image(), "cat " * 100)
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
 from nanovlm_hf.completion import complete, stream
 from nanovlm_hf.errors import completion_line
@@ -197,6 +197,11 @@ def test_a_streamer_replaces_beams_that_are_the_checkpoints_default(model, proce
     expected = model.generate(**inputs, max_new_tokens=NEW, **greedy_settings(model.generation_config))
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
     assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, streamer=streamer), expected)
+    asked = GenerationConfig(num_beams=3, max_new_tokens=NEW)
+    assert torch.equal(model.generate(**inputs, generation_config=asked, streamer=streamer), expected)
+    asked = GenerationConfig(num_beams=1, repetition_penalty=5.0, max_new_tokens=NEW)
+    own = model.generate(**inputs, generation_config=asked, num_beams=1)
+    assert torch.equal(model.generate(None, asked, **inputs, streamer=streamer), own)
     with pytest.raises(ValueError, match="streamer"):
         model.generate(**inputs, max_new_tokens=NEW, streamer=streamer, num_beams=3)
 

@@ -120,6 +120,7 @@ def test_metadata_in_each_format(folder, tmp_path, kind):
         ("metadata.jsonl", {"file_name": "a.jpg", "text": "x", "image_id": True}, "line 1: 'image_id' must be a whole"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "text": "x"}\n' * 2, "is a duplicate"),
         ("metadata.csv", "file_name,text\na.jpg,a dog, a cat\n", "quote texts that contain commas"),
+        ("metadata.csv", ",text\n0,a dog\n", "'file_name' must be the name of the image file"),
         ("metadata.csv", "file_name;text\na.jpg;a dog\n", "'file_name' must be the name of the image file"),
         ("metadata.csv", "file_name,text\n", "its metadata lists no images"),
         ("metadata.csv", "file_name,text\na.jpg,caf\xe9\n".encode("latin-1"), "not UTF-8"),

@@ -159,6 +159,21 @@ def tiff_of_jpeg(content: bytes, side: int) -> bytes:
     )
 
 
+def tiff_of_strips(strips: int, side: int = 6_000) -> bytes:
+    """Return a TIFF whose strips are the same JPEG of many segments, from other places on."""
+    content = b"\xff\xd8" + b"\xff\xfe\0\2" * 9_990 + b"\xff\xda\0\2" * 60
+    offsets = b"".join(struct.pack("<I", 8 + 4 * number) for number in range(strips))
+    sizes = struct.pack("<I", 100) * strips
+    where = 8 + len(content)
+    rows = -(-side // strips)
+    values = {256: side, 257: side, 258: 8, 259: 7, 262: 1, 273: where, 277: 1, 278: rows, 279: where + len(offsets)}
+    counts = {273: strips, 279: strips}
+    entries = b"".join(struct.pack("<HHII", tag, 4, counts.get(tag, 1), value) for tag, value in values.items())
+    tables = content + offsets + sizes
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(tables))
+    return start + tables + struct.pack("<H", len(values)) + entries + bytes(4)
+
+
 SKIP = b"\x01\x05\x00\x02\x00\xff"  # a pixel, then 255 rows further
 LINE_END = b"\x01\x05\x00\x00"
 BLP_OF_JPEG = struct.pack("<4siIIIiI", b"BLP1", 0, 0, 16, 16, 5, 0) + bytes(200)
@@ -183,6 +198,11 @@ EXCESSIVE = {
     "overlapping tags in Exif data": lambda: segments(0xE1, b"Exif\0\0" + tags(4_000, 50_000)),
     "overlapping tags in an MPO": lambda: segments(0xE2, b"MPF\0" + tags(4_000, 50_000, 3)),
     "overlapping tags in an AVIF": lambda: bytes(4) + b"ftypavif" + tags(60_000, 800_000),
+    "overlapping tags in an AVIF, behind others": lambda: (
+        bytes(4) + b"ftypavif" + (b"II*\0" + bytes(60)) * 120 + tags(60_000, 800_000)
+    ),
+    "headers of an AVIF": lambda: bytes(4) + b"ftypavif" + b"II*\0" * 1_000_000,
+    "strips in one JPEG of a TIFF": lambda: tiff_of_strips(2_000),
     "overlapping tags in a TIFF": lambda: tags(60_000, 800_000),
     "numbers of a TIFF": lambda: tags(1, 600_000, 3),
     "comments of a PGM": lambda: b"P2\n8 8\n255\n" + b"#\n" * 20_000 + b" 1" * 64,

@@ -39,6 +39,13 @@ def coco(path, numbers, url=None):
     return path
 
 
+def test_options_of_captions_are_refused_for_an_image_folder(run, tmp_path):
+    for option in (("--images", tmp_path), ("--allow-private",)):
+        code, _, errors = run("data", "ingest", "--image-folder", tmp_path, "--out", tmp_path / "out", *option)
+        assert code == 2
+        assert "leave them out with --image-folder" in only_line(errors)
+
+
 @pytest.mark.slow
 def test_downloads_from_a_failing_server(run, server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TRIES", 2)

@@ -472,6 +472,23 @@ def test_patch_dropout_with_every_patch_changes_no_gradient(monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_patch_dropout_does_not_bypass_an_adapter():
+    peft = pytest.importorskip("peft")
+    vision = tiny_model().model.vision_tower
+    vision.config.patch_dropout = 0.5
+    adapted = peft.get_peft_model(vision, peft.LoraConfig(r=2, target_modules=["conv2", "q_proj"])).train()
+    assert adapted(torch.randn(2, 3, 32, 32)).last_hidden_state.shape == (2, 3, 32)
+    adapted(torch.randn(2, 3, 32, 32)).last_hidden_state[:, 0, 0].sum().backward()
+    trained = {name for name, weight in adapted.named_parameters() if weight.grad is not None}
+    assert any("conv2.lora_B" in name for name in trained)
+
+
+def test_saving_takes_positional_arguments(tmp_path):
+    tiny_model().save_pretrained(tmp_path, True)  # `is_main_process`
+    assert (tmp_path / "model.safetensors").exists()
+    assert not list(tmp_path.glob("*.py"))
+
+
 def test_bfloat16_stays_near_float32(tmp_path, model, inputs):
     model.save_pretrained(tmp_path)
     half = NanoVLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()

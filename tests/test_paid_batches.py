@@ -122,6 +122,19 @@ def test_a_lost_file_is_named_and_can_be_replaced(ask, server, tmp_path, answer)
     assert len(server.created) == 2
 
 
+def test_a_batch_that_was_never_reported_as_lost_is_not_replaced(ask, server, tmp_path):
+    """The run was killed before it noted the batch: its user has not asked for the requests to be sent again."""
+    server.fields = {"status": "sleeping"}
+    ask()
+    remove_note(tmp_path)
+    (tmp_path / "out" / "batch" / "00001.lost").unlink()
+    assert "remove the file to send the requests again" in str(ask()[0].error)
+    assert len(server.created) == 1
+    server.fields = {}
+    assert ask()[1] == 4
+    assert len(server.created) == 1
+
+
 @pytest.mark.parametrize("fields", [{"output_file_id": None}, {"status": "sleeping"}])
 def test_a_batch_that_cannot_be_fetched_can_be_replaced(ask, server, tmp_path, fields):
     server.fields = fields

@@ -10,6 +10,8 @@ from nanovlm_hf.chat.client import ask_all
 from nanovlm_hf.chat.endpoint import Endpoint
 from nanovlm_hf.chat.prices import Price
 from nanovlm_hf.chat.replies import ChatRequest, ReplyStore
+from nanovlm_hf.data.describe import Describer, DescribeSettings, packaged_prompt
+from nanovlm_hf.data.sources import ImageRecord
 
 from helpers.batch_server import TEXT, batch_server, completion
 
@@ -78,6 +80,20 @@ def test_untrue_counts_do_not_lift_the_maximum_cost(ask, usage):
 def test_plausible_counts_are_kept(ask):
     usage = {"prompt_tokens": 180, "completion_tokens": 20}  # fewer than the estimates, as tokenizers differ
     assert ask(lambda number: (200, completion(**usage)), number=3)[2] == pytest.approx(0.6)
+
+
+def test_a_request_without_reply_is_not_sent_again_in_the_next_round(running, tmp_path, monkeypatch):
+    state, url = running
+    monkeypatch.setattr("nanovlm_hf.chat.client.LONGEST_PAUSE", 0.01)
+    state.__init__()
+    sent = []
+    state.reply = lambda *request: sent.append(request) or (200, b"{")
+    settings = DescribeSettings("m", {"short": packaged_prompt("short")}, attempts=3)
+    with ReplyStore(tmp_path / "out") as store:
+        describer = Describer([ImageRecord(1, "1.jpg", "coco", None, ["a dog runs"])], settings, store)
+        describer.run(lambda requests, _: ask_all(Endpoint("m", url, concurrency=1, tries=6), requests, store))
+        assert len(sent) == 2
+        assert "run again to retry them" in describer.incomplete_reason(tmp_path)
 
 
 def test_timeouts_count_but_refused_connections_do_not(ask, running, tmp_path):

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -276,7 +277,9 @@ def test_invalid_conversations_are_refused(tokenizer, conversation):
             for text in ([["A"]], 5, {"a": 1}, {"A"}, b"A", [None], ["A", 1])
         ),
         ({"text": []}, "text is an empty list"),
-        ({"images": [], "text": []}, "images is an empty list"),
+        ({"images": [], "text": []}, "images is empty"),
+        ({"images": np.zeros((0, 3, 4, 4), np.uint8)}, "images is empty"),
+        ({"images": [np.zeros((0, 3, 4, 4), np.uint8)], "text": ["A"]}, "images is empty"),
         *(
             ({"images": images, "text": ["A", "A"]}, "images must be")
             for images in ([random_image(), None], [[random_image()], None], {"a": 1}, b"A", 5, iter([random_image()]))

@@ -233,12 +233,13 @@ def test_values_of_secret_variables_are_found(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "piece", ["/", "-/", "\\", "%25", "eyJ", "-----BEGIN ", "token=a", " ~a", "://", "/home ", "sk-"]
+    "piece", ["/", "-/", "\\", "%25", "eyJ", "-----BEGIN ", "token=a", " ~a", "://", "/home ", "sk-", "-eyJ", "key=1a"]
 )
 def test_the_search_for_private_text_takes_linear_time(piece):
     start = time.process_time()
-    holds_secret(piece * 50_000)
-    _names_home(piece * 50_000)
+    for text in (piece * 50_000, piece * 50_000 + "."):
+        holds_secret(text)
+        _names_home(text)
     assert time.process_time() - start < 5
 
 

@@ -115,6 +115,8 @@ def test_a_larger_model_grows_from_a_smaller_one(follow, check_variants, preset,
         ("base", ["data", "out"]),
         ("base", ["nothing", "out", "mini-short"]),
         ("large", ["data", "out", "base-short", "stories.txt"]),
+        ("ablations", ["data", "out"]),
+        ("ablations", ["data", "out", "nothing.txt"]),
     ],
 )
 def test_wrong_use_is_one_line(tmp_path, name, arguments):

@@ -1,6 +1,8 @@
 """Replies with any content can be stored and read again, and folders of older versions stay readable."""
 
+import errno
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -121,6 +123,26 @@ def test_a_damaged_line_is_reported(tmp_path, line, name):
     (tmp_path / name).write_text("")
     with ReplyStore(tmp_path) as store:  # the lock was let go
         assert len(store) == 0
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync"])
+def test_a_disk_error_names_the_file_and_leaves_it_unchanged(tmp_path, monkeypatch, failing):
+    def fail(*arguments):
+        raise OSError(errno.EIO, "I/O error")
+
+    with ReplyStore(tmp_path) as store:
+        store.add(REQUEST, {"text": "A dog."})
+        before = store.path.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, failing, fail)
+            with pytest.raises(OSError, match="I/O error") as caught:
+                store.add(ChatRequest("e" * 32, 1, MESSAGES, {}, {"image_id": 2}), {"text": "A cat."})
+        assert caught.value.filename == str(store.path)
+        assert store.path.read_bytes() == before
+        store.add(ChatRequest("d" * 32, 1, MESSAGES, {}, {"image_id": 3}), {"text": "A cow."})
+    with ReplyStore(tmp_path) as store:
+        assert [store.get(f"{letter * 32}-1")["text"] for letter in "fd"] == ["A dog.", "A cow."]
+        assert len(store) == 2
 
 
 def test_a_file_saved_by_an_editor_is_read(tmp_path):

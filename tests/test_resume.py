@@ -94,8 +94,9 @@ def test_a_complete_run_without_states_is_not_begun_again(tiny, finished, tmp_pa
     assert code == 1
     assert "is complete, but its folder states/ is gone" in one_line(errors)
     assert {name: content for name, content in content_of(run).items() if name != LOCK} == before
-    code, errors = tiny(run, **FINISHED, resume="auto", overwrite="true")
-    assert "overwrite: true removes the run that resume auto asks for" in one_line(errors)
+    for resume in ("auto", run / "states" / "step-00000001"):
+        code, errors = tiny(run, **FINISHED, resume=resume, overwrite="true")
+        assert "overwrite: true removes the run of output_dir, so it cannot be used with resume" in one_line(errors)
     assert (run / "best").exists()
 
 

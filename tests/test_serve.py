@@ -345,6 +345,19 @@ def test_a_missing_model_is_one_line(run, tmp_path):
 
 
 @needs_5
+def test_an_address_that_cannot_be_used_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("nanovlm_hf.serving.build_app", lambda name: pytest.fail("the model is loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, errors = run("serve", "--port", port)
+    assert (code, only_line(errors)) == (1, f"nanovlm: --port {port}: in use: choose another")
+    for host in ("192.0.2.1", "no.such.host.invalid", "a" * 70, "::2"):
+        code, _, errors = run("serve", "--host", host)
+        assert code == 1
+        assert only_line(errors).startswith(f"nanovlm: --host {host}: cannot listen there (")
+
+
+@needs_5
 def test_a_missing_extra_is_one_line(run, monkeypatch):
     monkeypatch.setattr("nanovlm_hf.extras.find_spec", lambda name: None)
     code, _, errors = run("serve")

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -374,6 +375,26 @@ def test_a_nan_loss_stops_the_run_and_names_the_images(train, tmp_path, toy, mon
     assert len(re.findall(r"\b1\d\d\d\b", errors)) == 8
     assert [state.name for state in RunDirectory(tmp_path / "run", exist_ok=True).states()] == ["step-00000004"]
     assert max(row["step"] for row in metrics(tmp_path / "run")) == 5
+
+
+@pytest.mark.slow
+def test_gradients_that_are_not_finite_are_not_saved(train, tmp_path, toy, monkeypatch):
+    """The loss of that step is finite, and a state is due after it."""
+    clip, calls = Accelerator.clip_grad_norm_, []
+
+    def poisoned(self, parameters, *rest):
+        parameters = list(parameters)
+        calls.append(len(parameters))
+        if len(calls) == 6:
+            parameters[0].grad.fill_(float("nan"))
+        return clip(self, parameters, *rest)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", poisoned)
+    options = ("--save_steps", 2, "--eval_steps", 100, "--logging_steps", 100, "--max_steps", 10)
+    code, errors = train("--config", CONFIG, *tiny_options(toy, tmp_path / "run"), *options)
+    assert code == 1
+    assert "step 6: the gradients are NaN or infinite; image_id of its batch: 1" in errors
+    assert [state.name for state in RunDirectory(tmp_path / "run", exist_ok=True).states()] == ["step-00000004"]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from ..files import parse_json
 from .answers import Reply, UnreadableReplyError, all_thinking, read_completion, read_count
 from .api_errors import MAX_SHOWN, ApiError, parse_error_body
 from .batch_api import Batch, BatchApi
-from .batch_jobs import JobFolder
+from .batch_jobs import LOST, JobFolder
 from .client import ALL_THINKING, Outcome, spent, thinking_problem
 from .endpoint import Endpoint, EndpointError
 from .prices import BATCH_DISCOUNT, most_tokens
@@ -138,10 +138,14 @@ class _Batches:
         elif (batch := self.api.find(*self._identity(path))) is None:
             self.jobs.remove(path)
         else:
+            told = path.with_suffix(LOST).exists()
             self.jobs.note(path, batch_id=batch.id)
             try:
                 self._fetch(path, batch.id, known)
-            except _LostError:  # its note was removed to send the requests again
+            except _LostError:
+                if not told:  # the run was killed before it noted the batch, or the note was damaged
+                    raise
+                # The user has removed the note to send the requests again.
                 self.lost.add(batch.id)
                 self.jobs.remove(path)
 
@@ -187,6 +191,7 @@ class _Batches:
         self.jobs.note(path, fetched=True)
 
     def _lost(self, path: Path, problem: str) -> _LostError:
+        path.with_suffix(LOST).touch()
         return _LostError(f"{path.with_suffix('.json')}: {problem}: remove the file to send the requests again")
 
     def _wait(self, path: Path, batch_id: str) -> Batch:
@@ -221,7 +226,7 @@ class _Batches:
         lines = 0
         for line in lines_of(file):
             try:
-                row = parse_json(line.decode(errors="replace"), "a line")
+                row = parse_json(line.decode("utf-8-sig", errors="replace"), "a line")
                 request = left.get(row["custom_id"])
                 lines += row["custom_id"] in sent
             except (InputError, KeyError, TypeError):

@@ -17,6 +17,7 @@ from .endpoint import Endpoint
 from .prices import most_tokens
 from .replies import ChatRequest
 
+LOST = ".lost"  # suffix of the mark of a job whose user was told that its replies are lost
 _NAME = re.compile(r"[0-9]{1,9}\.jsonl")
 _NUMBERED = re.compile(r"[0-9]{1,9}\.jsonl?")  # also a state whose job was removed
 
@@ -67,9 +68,9 @@ class JobFolder:
         return path
 
     def remove(self, path: Path) -> None:
-        """Remove a job, its state first: a kill in between must not leave that to the next job of this number."""
-        path.with_suffix(".json").unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        """Remove a job, the request file last: a kill in between must not leave the rest to the next of this number."""
+        for one in (path.with_suffix(".json"), path.with_suffix(LOST), path):
+            one.unlink(missing_ok=True)
 
     def content(self, path: Path) -> bytes:
         """Return the content of a request file.

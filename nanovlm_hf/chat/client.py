@@ -28,6 +28,7 @@ from .refusals import Refusals
 from .replies import ChatRequest, ReplyStore
 from .transport import AsyncBoundedClient
 
+CONNECT_SECONDS = 20.0  # in which a connection must be made, at most half the timeout of an attempt
 LONGEST_PAUSE = 60.0  # seconds between two attempts
 RATE_LIMIT_PATIENCE = 900.0  # seconds that a request waits on the endpoint's instruction
 GIVE_UP_AFTER = 5  # consecutive requests without any response, after which the endpoint counts as down
@@ -43,6 +44,7 @@ class Outcome:
 
     Attributes:
         unanswered: reason why a request that was sent has no reply, by its key.
+        given_up: keys of those that were sent as often as a run may.
         stopped: reason why the remaining requests were not sent, or None.
         retries: number of attempts beyond the first.
         error: that ended the run early, for the caller to raise after writing its results: `EndpointError`, or one of
@@ -50,6 +52,7 @@ class Outcome:
     """
 
     unanswered: dict[str, str] = field(default_factory=dict)
+    given_up: set[str] = field(default_factory=set)
     stopped: str | None = None
     retries: int = 0
     error: BaseException | None = None
@@ -103,7 +106,8 @@ class _Run:
         async with openai.AsyncOpenAI(
             api_key=self.endpoint.api_key,
             base_url=self.endpoint.base_url,
-            timeout=None,  # `asyncio.timeout` bounds an attempt as a whole
+            # `asyncio.timeout` bounds an attempt as a whole.
+            timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, self.endpoint.timeout / 2)),
             max_retries=0,
             http_client=AsyncBoundedClient(),
         ) as client:
@@ -260,6 +264,7 @@ class _Run:
             self.outcome.retries += 1
             await self._sleep(pause)
         self.outcome.unanswered[request.key] = problem
+        self.outcome.given_up.add(request.key)
         self.unanswered_in_a_row += 1
         if self.unanswered_in_a_row >= GIVE_UP_AFTER:
             self._end(
@@ -293,7 +298,7 @@ async def _post(client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
     except openai.APIConnectionError as error:
         cause = error.__cause__ or error
         # Not `httpx2.ConnectTimeout`, which also stands for a connection that was dropped after the request.
-        unreached = isinstance(cause.__cause__, aiohttp.ClientConnectorError)
+        unreached = isinstance(cause.__cause__, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
         raise (InputError if unreached else UnreadableReplyError)(first_line(cause)) from None
     except Exception as error:  # whatever error a server can trigger in an HTTP library
         raise UnreadableReplyError(f"a reply that cannot be read ({first_line(error)})") from None

@@ -78,10 +78,13 @@ class Journal:
             OSError: if it cannot be written; the file is then unchanged.
         """
         line = json_line(without_surrogates(row)).encode()
-        if os.write(self._out, line) != len(line):  # one unbuffered write: a partial line can be cut off
+        try:
+            if os.write(self._out, line) != len(line):  # one unbuffered write: a partial line can be cut off
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._out)  # a paid reply also survives a power failure
+        except OSError as error:
             os.ftruncate(self._out, self._end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        os.fsync(self._out)  # a paid reply also survives a power failure
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._index(row)
         self._end += len(line)
 

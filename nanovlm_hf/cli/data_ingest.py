@@ -56,6 +56,8 @@ def ingest(
 
     if (captions is None) == (image_folder is None):
         raise UsageError("--captions names COCO annotations, --image-folder a folder of images: give one of the two")
+    if captions is None and (images is not None or allow_private):
+        raise UsageError("--images and --allow-private belong to --captions: leave them out with --image-folder")
     if captions is None:
         summary = ingest_image_folder(image_folder, out, limit=limit, seed=seed, original=original)
     else:

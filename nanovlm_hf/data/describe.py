@@ -163,18 +163,23 @@ class Describer:
         return fingerprint_of(self.settings.model, self._parameters(variant), self._messages(image, variant))
 
     def missing(self) -> list[Item]:
-        """Return the items to request now: not accepted yet, and with attempts left."""
+        """Return the items to request now: not accepted yet, and with attempts left.
+
+        Of images with the same captions, whose request is the same, only the first has an item.
+        """
         if self.given is not None:
             return []
-        return [
-            item
-            for item in self.items
-            if not item.accepted
-            and item.tried < self.settings.attempts
-            and not item.out_of_tokens
-            and item.image.image_id not in self.refused
-            and self._next_key(item) not in self.store  # the endpoint has refused it
-        ]
+        found: dict[str, Item] = {}
+        for item in self.items:
+            if (
+                not item.accepted
+                and item.tried < self.settings.attempts
+                and not item.out_of_tokens
+                and item.image.image_id not in self.refused
+                and self._next_key(item) not in self.store  # the endpoint has refused it
+            ):
+                found.setdefault(self._next_key(item), item)
+        return list(found.values())
 
     def _next_key(self, item: Item) -> str:
         return request_key(item.fingerprint, item.tried + 1)
@@ -237,13 +242,15 @@ class Describer:
             As `apply_gates`.
         """
         failures = self.apply_gates()
+        given_up: set[str] = set()
         try:
             for _ in range(self.settings.attempts):
-                missing = self.missing()
+                missing = [item for item in self.missing() if self._next_key(item) not in given_up]
                 if not missing:
                     break
                 outcome = ask((self.request(item) for item in missing), len(missing))
                 self.unanswered |= outcome.unanswered
+                given_up |= outcome.given_up
                 self.stopped, self.error = outcome.stopped, outcome.error
                 failures = self.apply_gates()
                 if self.stopped or self.error:

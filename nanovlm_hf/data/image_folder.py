@@ -146,11 +146,11 @@ def _length(value: Any) -> int:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(read_text(path)), restkey="")
+    reader = csv.DictReader(io.StringIO(read_text(path)))
     try:
         for row in reader:
             where = f"{path}: line {reader.line_num}"
-            if "" in row:
+            if None in row:
                 raise InputError(f"{where}: more fields than the header: quote texts that contain commas")
             yield where, row
     except csv.Error as error:

@@ -69,14 +69,15 @@ def decode_once(split: Dataset, image_processor: NanoVLMImageProcessor) -> tuple
 
 
 def decode_image(row: dict[str, Any], image_processor: NanoVLMImageProcessor) -> np.ndarray | None:
-    """Return the image of a row as uint8 (224, 224, 3), or None if it does not decode.
+    """Return the image of a row as uint8 (height, width, 3) of the image processor, or None if it does not decode.
 
     Raises:
         InputError: if the row has a path, which is never opened, instead of the content of a file.
     """
     content = image_bytes(row)
+    size = (image_processor.size["width"], image_processor.size["height"])
     try:
-        opened = open_image_file(image_name(row), content)
+        opened = open_image_file(image_name(row), content, size=size)
     except InputError:
         return None
     pixels = image_processor(opened, do_rescale=False, do_normalize=False, data_format="channels_last")

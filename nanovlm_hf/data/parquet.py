@@ -38,20 +38,23 @@ def read_batches(file: BinaryIO, where: str | Path, columns: Sequence[str] | Non
     source = pa.PythonFile(file, "r")  # one for both readers, whose threads would otherwise move each other's position
     plain = pq.ParquetFile(source)
     leaves = [plain.schema.column(index) for index in range(plain.metadata.num_columns)]
+    values = [0] * len(leaves)
     for group in map(plain.metadata.row_group, range(plain.metadata.num_row_groups)):
-        chunks = map(group.column, range(group.num_columns))
-        if any(chunk.num_values > MAX_VALUES or chunk.total_uncompressed_size > MAX_BATCH_BYTES for chunk in chunks):
+        chunks = [group.column(index) for index in range(len(leaves))]
+        values = [before + chunk.num_values for before, chunk in zip(values, chunks, strict=True)]
+        if any(chunk.total_uncompressed_size > MAX_BATCH_BYTES for chunk in chunks):
             raise _too_large(where)
-    if plain.metadata.num_rows > MAX_VALUES:
+    if max([plain.metadata.num_rows, *values]) > MAX_VALUES:
         raise _too_large(where)
     texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     once = pq.ParquetFile(source, metadata=plain.metadata, read_dictionary=texts)
-    sizes = (sum(map(_bytes, batch.columns)) for batch in once.iter_batches(ROWS_PER_GROUP, columns=columns))
-    batches = plain.iter_batches(ROWS_PER_GROUP, columns=columns)
-    for size in sizes:
-        if size > MAX_BATCH_BYTES:
-            raise _too_large(where)
-        yield next(batches)
+    # By row group: across their borders, the two readers divide the rows differently.
+    for group in range(plain.metadata.num_row_groups):
+        batches = plain.iter_batches(ROWS_PER_GROUP, row_groups=[group], columns=columns)
+        for batch in once.iter_batches(ROWS_PER_GROUP, row_groups=[group], columns=columns):
+            if sum(map(_bytes, batch.columns)) > MAX_BATCH_BYTES:
+                raise _too_large(where)
+            yield next(batches)
 
 
 def _bytes(values: pa.Array) -> int:

@@ -114,7 +114,7 @@ def _fingerprint(name: str) -> str:
     weights = sorted(SHIPPED[name].glob("model*.safetensors"))
     for path in (*weights, *(SHIPPED[name] / file for file in (*EXPORTED_FROM, *TOKENIZER_FILES))):
         digest.update(path.read_bytes())
-    for module in ("export/onnx.py", "export/page.py", "completion.py"):
+    for module in ("export/onnx.py", "export/page.py", "generation_nanovlm.py", "modeling_nanovlm.py"):
         digest.update((Path(__file__).parents[1] / module).read_bytes())
     return digest.hexdigest()[:12]
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt
 
-from ..completion_files import DEFAULT_NEW_TOKENS, Completion, find_images, refuse_special_tokens
+from ..completion_files import Completion, find_images, new_tokens, refuse_special_tokens
 from ..errors import InputError, UsageError, completion_line, first_line
 from ..files import validate
 from ..images import open_image_file
@@ -48,13 +48,13 @@ class _Config(BaseModel):
 
 
 class _Decoding(BaseModel):
-    repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     no_repeat_ngram_size: NonNegativeInt | None = None
 
 
 class _BeamSearch(_Decoding):
     num_beams: Annotated[int, Field(ge=2, le=MAX_BEAMS)]
-    length_penalty: FiniteFloat = 1.0
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     early_stopping: bool | Literal["never"] = False
 
 
@@ -62,7 +62,6 @@ class _Generation(_Decoding):
     """Greedy decoding, and the beam search of the checkpoint if that is its default."""
 
     eos_token_id: Token | Annotated[list[Token], Field(min_length=1)]
-    max_new_tokens: PositiveInt | None = None
     suppress_tokens: list[Token] | None = None
     beam_search: _BeamSearch | None = None
 
@@ -174,12 +173,12 @@ class OnnxModel:
         Args:
             image: RGB image of any size.
             prefix: beginning of the sentence; white space around it is dropped.
-            max_new_tokens: limit; by default that of `generation_config.json`, or what the positions leave.
+            max_new_tokens: limit after the prefix; None for as many as fit, up to 96.
             num_beams: 1 is greedy search, 256 is the maximum; None is the checkpoint's number.
 
         Raises:
-            UsageError: if the prefix holds a special token, such as `<image>` or `<eos>`.
-            InputError: if there are too many beams, or the prefix does not fit the positions.
+            UsageError: if the prefix holds a special token, such as `<image>` or `<eos>`, or there are too many beams.
+            InputError: if the tokens do not fit the positions.
         """
         tokens = self._prompt(prefix)
         tokens += self.generate(self.encode(image), tokens, max_new_tokens, num_beams)
@@ -189,13 +188,14 @@ class OnnxModel:
         """Return the text of a prompt and its completion, as one line."""
         return completion_line(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def check_prefix(self, prefix: str) -> None:
-        """Raise a UsageError for a prefix with a special token, such as `<image>` or `<eos>`."""
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        refuse_special_tokens(prefix, [token.content for token in added if token.special])
+    def check(self, prefix: str, max_new_tokens: int | None, num_beams: int | None) -> None:
+        """Raise the errors of `complete` that do not depend on the image."""
+        new_tokens(len(self._prompt(prefix)), self.positions, max_new_tokens)
+        self._beams(num_beams)
 
     def _prompt(self, prefix: str) -> list[int]:
-        self.check_prefix(prefix)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        refuse_special_tokens(prefix, [token.content for token in added if token.special])
         ids = self.tokenizer.encode(prefix.strip(), add_special_tokens=False).ids
         return [self.image_token_id] * self.image_tokens + ids
 
@@ -215,12 +215,9 @@ class OnnxModel:
             num_beams: as in `complete`.
 
         Raises:
-            InputError: as `complete`.
+            UsageError, InputError: as `complete`.
         """
-        room = self.positions - len(tokens)
-        if room < 1:
-            raise InputError(f"prefix: {len(tokens)} tokens with the image leave no room in {self.positions} positions")
-        limit = min(max_new_tokens or self.generation.max_new_tokens or DEFAULT_NEW_TOKENS, room)
+        limit = new_tokens(len(tokens), self.positions, max_new_tokens)
         beams = self._beams(num_beams)
         if beams is None:
             return list(self._greedy(features, tokens, limit))
@@ -232,7 +229,7 @@ class OnnxModel:
         if num_beams is None or num_beams == 1:
             return own if num_beams is None else None
         if num_beams > MAX_BEAMS:
-            raise InputError(f"num_beams: {num_beams}: an exported model takes {MAX_BEAMS} at most")
+            raise UsageError(f"num_beams: {num_beams}: an exported model takes {MAX_BEAMS} at most")
         fields = (own or self.generation).model_dump(include=set(_BeamSearch.model_fields))
         return _BeamSearch(**fields | {"num_beams": num_beams})
 
@@ -347,10 +344,10 @@ def complete_files(
         num_beams: 1 is greedy search; None is the checkpoint's number.
 
     Raises:
-        InputError: as `OnnxModel.complete`.
+        UsageError, InputError: as `OnnxModel.complete`.
     """
     size = (model.preprocessor.size.width, model.preprocessor.size.height)
-    model.check_prefix(prefix)
+    model.check(prefix, max_new_tokens, num_beams)
     blank = [model.complete(model.blank_image(), prefix, max_new_tokens, num_beams)] if blind else None
     for one in find_images(images):
         if one.error is None:

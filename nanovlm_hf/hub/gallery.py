@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import textwrap
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..checkpoints import SHIPPED
 from ..completion import Completion, complete
 from ..errors import UsageError, one_line_errors
 from ..export.page import EXAMPLES
+from ..files import check_output
 from ..images import open_image_file
 from ..loading import load_model
 
@@ -59,16 +59,16 @@ def main() -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Raise UsageError, before the models run, unless an image file can be written at a path."""
+    """Check, before the models run, that an image file can be written at a path.
+
+    Raises:
+        UsageError: if its extension names no image format.
+        InputError: if it cannot be written.
+    """
     known = sorted(set(FigureCanvasAgg.get_supported_filetypes()) - {"pgf"})  # which needs LaTeX
     if out.suffix.removeprefix(".").lower() not in known:
         raise UsageError(f"{out}: the extension names no image format: use one of {', '.join(known)}")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out}: there is no folder {out.parent}: make it first")
-    if out.exists() and not out.is_file():
-        raise UsageError(f"{out}: this is {'a folder' if out.is_dir() else 'not a regular file'}: name another file")
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise UsageError(f"{out}: cannot be written: check the permissions")
+    check_output(out, "OUT", folder=False)
 
 
 def gallery() -> Figure:

@@ -18,6 +18,7 @@ from ..checkpoints import NAMES
 from ..configuration_nanovlm import NanoVLMConfig
 from ..errors import InputError, one_line_errors
 from ..evaluation.completions import read_rows
+from ..evaluation.generators import short_name
 from ..evaluation.graders import GraderRecord, read_records
 from ..evaluation.items import PREFIX_WORDS
 from ..evaluation.report import interval
@@ -214,18 +215,19 @@ def add_evaluation(folder: Path, report: Path) -> None:
     """
     results = read_json(report / "results.json")
     validate(results, _Results, report / "results.json")
-    if folder.name not in results["models"]:
-        raise InputError(f"{report}: results.json has no model {folder.name}: evaluate it")
-    if folder.name not in results["grounding"]:
+    name = short_name(str(folder))
+    if name not in results["models"]:
+        raise InputError(f"{report}: results.json has no model {name}: evaluate it")
+    if name not in results["grounding"]:
         raise InputError(f"{report}: grounding was left out: evaluate with --grounding-images")
-    if folder.name not in results["sets"]["in_domain"]["models"]:
-        raise InputError(f"{report}: results.json has no completions of {folder.name}: evaluate it again")
+    if name not in results["sets"]["in_domain"]["models"]:
+        raise InputError(f"{report}: results.json has no completions of {name}: evaluate it again")
     settings = results["settings"]
     in_domain = results["sets"]["in_domain"]
-    measured = dict(in_domain["models"][folder.name])
+    measured = dict(in_domain["models"][name])
     mentions = measured["mentions"].pop("rows")
     measured["originality"].pop("rows")
-    examples = _examples(report / "completions" / f"{folder.name}.jsonl")
+    examples = _examples(report / "completions" / f"{name}.jsonl")
     failures = sorted(range(len(examples)), key=lambda index: -len(mentions[index]["unseen"]))[:FAILURES]
     write_json(
         folder / "evaluation.json",
@@ -235,10 +237,10 @@ def add_evaluation(folder: Path, report: Path) -> None:
             "written_from": settings.get("written_from"),
             "items": in_domain["items"],
             "prefix_words": settings["prefix_words"] or PREFIX_WORDS[settings["variant"]],
-            "grounding": results["grounding"][folder.name],
+            "grounding": results["grounding"][name],
             "in_domain": measured,
             "examples": examples[:EXAMPLES],
-            "graders": own_grades(folder.name, read_records(report / "grades")),
+            "graders": own_grades(name, read_records(report / "grades")),
             "failures": [examples[index] | {"unseen": mentions[index]["unseen"]} for index in failures],
         },
     )

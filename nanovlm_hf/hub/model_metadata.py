@@ -69,14 +69,14 @@ def eval_results(folder: Path) -> list[EvalResult]:
     if (folder / "evaluation.json").exists():
         evaluation = _read_numbers(folder / "evaluation.json")
         where = f"{folder.name}: evaluation.json"
-        values = {name: _needed(evaluation, keys, where) for name, (_, keys) in EVALUATED.items()}
         origin = written_from(evaluation, where)
         sets = {
             "grounding": _evaluated(_needed(evaluation, ("grounding", "photos"), where), "validation", origin),
             "in_domain": _evaluated(_needed(evaluation, ("items",), where), "test", origin),
         }
         for name, (title, keys) in EVALUATED.items():
-            found.append((sets[keys[0]], name, title, values[name]))
+            if _value(evaluation, keys) is not None:  # as object precision is for a dataset without human captions
+                found.append((sets[keys[0]], name, title, _needed(evaluation, keys, where)))
     return [
         EvalResult(
             task_type="image-text-to-text",
@@ -135,10 +135,15 @@ def _is_finite(content: Any) -> bool:
 
 
 def _number(content: Any, keys: tuple[str, ...]) -> float | None:
+    value = _value(content, keys)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) < MAX_METRIC else None
+
+
+def _value(content: Any, keys: tuple[str, ...]) -> Any:
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
-    is_number = isinstance(content, (int, float)) and not isinstance(content, bool)
-    return content if is_number and abs(content) < MAX_METRIC else None
+    return content
 
 
 def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) -> str:
@@ -174,6 +179,7 @@ def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) 
     card.text = re.sub(r"^folder = .*$", f'folder = "{repo_id}"', card.text, count=1, flags=re.MULTILINE)
     if code:
         card.text = card.text.replace("\nimport nanovlm_hf\n", "\n", 1)
+        card.text = card.text.replace("pip install nanovlm-hf ", "pip install ", 1)
         card.text = card.text.replace(".from_pretrained(folder)", ".from_pretrained(folder, trust_remote_code=True)")
         card.text = re.sub(
             r"^If its repository includes the code [^\0]*?\n\n", "", card.text, count=1, flags=re.MULTILINE

@@ -214,10 +214,10 @@ class RunArguments:
             f"needs vision_feature_select_strategy cls, not {self.vision_feature_select_strategy}",
         )
         _check(
-            not (self.overwrite and self.resume == "auto"),
+            not (self.overwrite and self.resume),
             "overwrite",
             "true",
-            "removes the run that resume auto asks for",
+            f"removes the run of output_dir, so it cannot be used with resume {self.resume}: leave one of them out",
         )
         self._resolve_optimizer()
         if self.streaming:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..devices import choose_precision, default_device
 from ..errors import InputError, one_line_errors
+from ..files import check_output
 from ..loading import load_model
 from ..modeling_nanovlm import NanoVLMForConditionalGeneration
 from ..processing_nanovlm import NanoVLMProcessor
@@ -125,6 +126,7 @@ def main() -> None:
     if len(arguments.runs) < 2:
         parser.error("at least two runs are needed")
     with one_line_errors("nanovlm_hf.training.average"):
+        check_output(arguments.out, "--out", folder=True)
         metrics = average(arguments.runs, arguments.out)
         print(f"{arguments.out}: eval_loss {metrics['eval_loss']:.4f}, grounding gap {metrics['grounding_gap']:.4f}")
 

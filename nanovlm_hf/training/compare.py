@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, one_line_errors
-from ..files import atomic_write
+from ..files import atomic_write, check_output
 from .compute import plain
 from .lineage import command, public_record
 from .record import best_metrics
@@ -103,6 +103,7 @@ def main() -> None:
         folders = arguments.folders
         if arguments.keep:
             check_names(folders)
+            check_output(arguments.keep, "--keep", folder=True)
             folders = [keep(folder, arguments.keep) for folder in folders]
         print(f"{table(folders)}\n```bash\n{commands(folders)}```")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, one_line_errors
-from ..files import read_text
+from ..files import check_output, read_text
 from ..loading import load_model
 from .initial_model import generation_config
 from .record import describe_checkpoint
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--about", type=Path, help="Markdown file that describes the training data, for the model card")
     arguments = parser.parse_args()
     with one_line_errors("nanovlm_hf.training.export"):
+        check_output(arguments.out, "--out", folder=True)
         about = None if arguments.about is None else read_text(arguments.about)
         export(arguments.run, arguments.out, about)
 

@@ -66,7 +66,7 @@ def train(arguments: RunArguments) -> RunDirectory:
 
 
 class _Run:
-    """A run. `__init__` sets every attribute; it removes an old run only after everything that can fail was checked."""
+    """A run. `__init__` sets every attribute; it removes an old run only after the fields and the data were checked."""
 
     def __init__(self, arguments: RunArguments, accelerator: Accelerator):
         self.arguments, self.accelerator = arguments, accelerator
@@ -296,7 +296,7 @@ class _Run:
         )
         save_due = step % arguments.save_steps == 0 or last or stop
         if log_due or evaluation_due or save_due:
-            self._check_losses()
+            self._check_finite(grad_norm)
         if log_due:
             self._log(grad_norm)
             self.meter.restart()
@@ -312,13 +312,15 @@ class _Run:
             raise StoppedError(stop)
         return ended or last
 
-    def _check_losses(self) -> None:
-        """Raise InputError for a NaN/inf loss, before anything that it spoiled is saved."""
-        steps_ago = self.meter.first_bad()
+    def _check_finite(self, grad_norm: torch.Tensor) -> None:
+        """Raise InputError for a NaN/inf loss or gradient, before anything that it spoiled is saved."""
+        steps_ago, what = self.meter.first_bad(), "loss is"
+        if steps_ago is None and not grad_norm.isfinite():  # the next loss would be the first to show it
+            steps_ago, what = 0, "gradients are"
         if steps_ago is not None:
             ids = ", ".join(map(str, self.recent_ids[-1 - steps_ago]))
             raise InputError(
-                f"step {self.progress['step'] - steps_ago}: the loss is NaN or infinite; image_id of its batch: {ids}; "
+                f"step {self.progress['step'] - steps_ago}: the {what} NaN or infinite; image_id of its batch: {ids}; "
                 "what was saved before is intact: check these images and texts, or lower learning_rate"
             )
         self.recent_ids.clear()

@@ -7,6 +7,7 @@
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: bash $0 DATA OUT TEXT_FILE..." >&2; exit 2; }
 source "$(dirname "$0")/stages.sh"
+check_files "$@"
 
 run() {
     local name=$1

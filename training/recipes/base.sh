@@ -9,5 +9,6 @@ set -euo pipefail
 source "$(dirname "$0")/stages.sh"
 
 stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5 --num_train_epochs 2
-variant base short --patch_dropout 0.5 --num_train_epochs 0.5
-variant base long --patch_dropout 0.5 --num_train_epochs 0.5
+half=(--patch_dropout 0.5 --num_train_epochs 0.5 --warmup_steps 20 --save_steps 50)
+variant base short "${half[@]}"
+variant base long "${half[@]}"

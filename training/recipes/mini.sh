@@ -7,9 +7,7 @@
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: bash $0 DATA OUT [TEXT_FILE...]" >&2; exit 2; }
 source "$(dirname "$0")/stages.sh"
-for file in "$@"; do
-    [ -e "$file" ] || { echo "$0: $file: no such file or folder" >&2; exit 2; }
-done
+check_files "$@"
 
 stage mini_vision mini_vision
 before=mini_vision

@@ -4,10 +4,18 @@
 
 data=$1 out=$2
 shift 2
-[ -e "$data" ] || { echo "$0: $data: no such file or folder" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 launcher=(accelerate launch)
 command -v nvidia-smi > /dev/null || launcher+=(--config_file "$here/accelerate/cpu.yaml")
+
+# Stop unless the files exist, before any stage: check_files FILE...
+check_files() {
+    local file
+    for file in "$@"; do
+        [ -e "$file" ] || { echo "$0: $file: no such file or folder" >&2; exit 2; }
+    done
+}
+check_files "$data"
 
 stage() {
     local name=$1 config=$2
@@ -17,7 +25,7 @@ stage() {
         --resume auto "$@"
 }
 
-# One epoch on a variant after the stage PRESET_texts: variant PRESET VARIANT [FIELD...]
+# A variant after the stage PRESET_texts, for one epoch unless a field says otherwise: variant PRESET VARIANT [FIELD...]
 variant() {
     local preset=$1 name=$1_$2
     shift 2
