@@ -9,7 +9,7 @@ from .errors import UsageError
 # Import names of the packages that each extra of setup.cfg adds.
 EXTRAS = {
     "data": ("lemminflect", "matplotlib", "py3langid", "rensa", "requests"),
-    "eval": ("krippendorff", "lemminflect", "matplotlib", "scipy"),
+    "eval": ("lemminflect", "matplotlib", "scipy"),
     "demo": ("gradio",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "serve": ("fastapi", "uvicorn"),

@@ -59,7 +59,7 @@ def compare(name: str, dataset: str, variant: str, count: int) -> None:
         shares = (sum(map(repeats, texts)) / len(texts), ended / len(texts))
         found = (objects["precision"]["mean"], objects["recall"]["mean"])
         print(
-            f"{name:<34} {shares[0]:>8.1%} {words:>6.1f} {shares[1]:>6.1%} {found[0]:>10.1%} {found[1]:>7.1%}",
+            f"{name:<34} {shares[0]:>8.1%} {words:>6.1f} {shares[1]:>6.1%} {_percent(found[0]):>10} {_percent(found[1]):>7}",
             flush=True,
         )
 
@@ -67,12 +67,16 @@ def compare(name: str, dataset: str, variant: str, count: int) -> None:
         texts, ended = [], 0
         for start in range(0, len(images), BATCH_SIZE):
             inputs = processor(images=images[start : start + BATCH_SIZE], return_tensors="pt").to(model.device)
-            plain = {"do_sample": False, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "max_new_tokens": 128}
+            plain = {"do_sample": False, "num_beams": 1, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "max_new_tokens": 128}
             tokens = model.generate(**inputs, **(plain | settings))
             texts += processor.batch_decode(tokens, skip_special_tokens=True)
             ended += int((tokens == processor.tokenizer.eos_token_id).any(1).sum())
         show(name, texts, ended)
     show("the descriptions", list(rows["description"]), len(rows))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def main() -> None:

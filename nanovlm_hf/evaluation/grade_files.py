@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, BeforeValidator, Field, create_model
 
 from ..errors import InputError, first_line, scrub
 from ..files import parse_jsonl, read_text, validate
@@ -21,8 +21,12 @@ from .sheets import CLAIMS, Key
 Kind = Literal["text", "claims"]
 MAX_BYTES = 32 * 2**20
 MAX_CLAIMS = 1000  # in one text
-Count = Annotated[int, Field(ge=0, le=MAX_CLAIMS, strict=True)]
-_NUMBER = re.compile(r"(-?[0-9]{1,6})(?:[.,]([0-9]{1,6}))?")
+Count = Annotated[
+    int,
+    BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value),
+    Field(ge=0, le=MAX_CLAIMS, strict=True),
+]
+_NUMBER = re.compile(r"(-?[0-9]{1,6})(?:[.,]([0-9]{1,20}))?")
 
 
 @dataclass

@@ -162,15 +162,18 @@ def _mean_of_raters(ratings: np.ndarray) -> np.ndarray:
 def krippendorff_alpha(ratings: np.ndarray) -> float | None:
     """Return Krippendorff's alpha for interval data; None if it is undefined: one rater, or only one value.
 
+    It is computed from sums of squares. The package `krippendorff` needs memory for each item and pair of values.
+
     Args:
         ratings: (raters, items), with NaN for missing ratings.
     """
-    import krippendorff
-
     paired = ratings[:, (~np.isnan(ratings)).sum(0) > 1]
-    if len(np.unique(paired[~np.isnan(paired)])) < 2:
+    counts = (~np.isnan(paired)).sum(0)
+    values = paired[~np.isnan(paired)]
+    if len(np.unique(values)) < 2:
         return None
-    return float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="interval"))
+    within = (counts / (counts - 1) * np.nanvar(paired, axis=0) * counts).sum() / counts.sum()
+    return float(1 - within / np.var(values, ddof=1))
 
 
 def _against_judge(key: _Key, means: np.ndarray, judged: list[dict[str, Any]]) -> dict[str, Any]:

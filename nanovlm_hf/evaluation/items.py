@@ -153,12 +153,13 @@ def items_of_dataset(
     rows = load_rows(dataset, variant, split, written_from)
     indices = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     if ids is None:
-        ids = sorted(indices, key=split_position)[:limit]
+        ids = sorted(indices, key=split_position)
+    ids = list(dict.fromkeys(ids))[:limit]
     missing = [image_id for image_id in ids if image_id not in indices]
     if missing:
         raise InputError(f"--items: image {missing[0]} is not in the {split} split of {dataset} ({variant})")
     with readable(f"--dataset {dataset}"):
-        chosen = [rows[indices[image_id]] for image_id in dict.fromkeys(ids)]
+        chosen = [rows[indices[image_id]] for image_id in ids]
     words = prefix_words or PREFIX_WORDS[variant]
     return [
         Item(

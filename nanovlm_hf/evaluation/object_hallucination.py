@@ -15,6 +15,7 @@ _BEFORE_NOUNS = frozenset(
     "on at with near under over by behind into from through".split()
 )
 MIN_CAPTIONS_FOR_RECALL = 2  # captions that must name an object before a completion is expected to
+MOST_BETWEEN = 12  # words between a determiner and its noun
 
 
 @functools.cache
@@ -80,7 +81,8 @@ def _after_determiner(matches: list[re.Match[str]], index: int) -> bool:
     After a noun, a word in -s is taken for a verb ("the man rides").
     """
     word = matches[index][0].lower()
-    for before in (match[0].lower() for match in reversed(matches[:index])):
+    for match in reversed(matches[max(0, index - MOST_BETWEEN) : index]):
+        before = match[0].lower()
         if before in _BEFORE_NOUNS:
             return True
         readings = _readings(before)

@@ -102,10 +102,17 @@ def linear_probe(features: tuple[np.ndarray, np.ndarray], data: ProbeData) -> di
     present = data.labels[1].any(0)
     return {
         "mean_average_precision": _mean_average_precision(data.labels[1], test @ weights),
-        "chance": float(data.labels[1][:, present].mean()),
+        "chance": float(np.mean([_chance(len(test), count) for count in data.labels[1][:, present].sum(0)])),
         "words": int(present.sum()),
         "images": len(train),
     }
+
+
+def _chance(images: int, positive: int) -> float:
+    """Return the expected average precision of a random order, which is above the share of positive images."""
+    harmonic = sum(1 / rank for rank in range(1, images + 1))
+    others = (positive - 1) / max(1, images - 1) * (images - harmonic)
+    return (others + harmonic) / images
 
 
 def _normalised(features: np.ndarray, of: np.ndarray) -> np.ndarray:

@@ -23,8 +23,9 @@ METRICS = {
     "grounding_gap": "Grounding gap (nats per token)",
 }
 REQUIRED = ("eval_loss", "eval_loss_wrong_photo", "grounding_gap")
+RETRIEVAL = ("grounding", "retrieval", "32", "r_at_1")
 EVALUATED = {
-    "r_at_1_of_32": ("Retrieval, R@1 of 32 descriptions", ("grounding", "retrieval", "32", "r_at_1", "mean")),
+    "r_at_1_of_32": ("Retrieval, R@1 of 32 descriptions", (*RETRIEVAL, "mean")),
     "object_precision": ("Object precision", ("in_domain", "mentions", "precision", "mean")),
     "rouge1_nearest": ("ROUGE-1 to the nearest training text", ("in_domain", "originality", "rouge1_nearest")),
 }
@@ -70,13 +71,13 @@ def eval_results(folder: Path) -> list[EvalResult]:
         evaluation = _read_numbers(folder / "evaluation.json")
         where = f"{folder.name}: evaluation.json"
         origin = written_from(evaluation, where)
-        sets = {
-            "grounding": _evaluated(_needed(evaluation, ("grounding", "photos"), where), "validation", origin),
-            "in_domain": _evaluated(_needed(evaluation, ("items",), where), "test", origin),
-        }
+        numbers = {"grounding": (*RETRIEVAL, "items"), "in_domain": ("items",)}
+        splits = {"grounding": "validation", "in_domain": "test"}
         for name, (title, keys) in EVALUATED.items():
             if _value(evaluation, keys) is not None:  # as object precision is for a dataset without human captions
-                found.append((sets[keys[0]], name, title, _needed(evaluation, keys, where)))
+                number = _needed(evaluation, numbers[keys[0]], where)
+                images = _evaluated(number, splits[keys[0]], origin)
+                found.append((images, name, title, _needed(evaluation, keys, where)))
     return [
         EvalResult(
             task_type="image-text-to-text",
