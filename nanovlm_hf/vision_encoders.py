@@ -27,6 +27,11 @@ class VisionEncoder(Protocol):
 
     module: nn.Module
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the features depend on besides the weights."""
+        ...
+
     def encode(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encode uint8 images (B, height, width, 3).
 
@@ -63,12 +68,21 @@ def _is_nanovlm(name: str) -> bool:
         return False
 
 
+def _settings(config: Any, image_processor: Any) -> dict[str, Any]:
+    found = {"config": config.to_dict(), "image_processor": image_processor.to_dict()}
+    return {part: {name: value for name, value in own.items() if name[0] != "_"} for part, own in found.items()}
+
+
 class _NanoVLM:
     """The [CLS] state of a NanoVLM."""
 
     def __init__(self, name: str):
         model, processor = load_model(name)
         self.module, self.image_processor = model.model.vision_tower.float().eval(), processor.image_processor
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return _settings(self.module.config, self.image_processor)
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -88,6 +102,10 @@ class _Transformers:
         self.module = getattr(model, "vision_model", model).float().eval()  # of CLIP and SigLIP, without the text model
         if self.module is model and model.main_input_name != "pixel_values":
             raise InputError(f"{name} is not a vision model: its input is {model.main_input_name}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return _settings(self.module.config, self.image_processor)
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -112,6 +130,10 @@ class _EfficientNetLite:
         (weights,) = Path(importlib.import_module(package).__file__ or "").parent.glob("models/*.pth")
         self.module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.module.to(memory_format=torch.channels_last)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}  # the weights have all of them
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:

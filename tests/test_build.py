@@ -336,6 +336,28 @@ def test_a_changed_image_is_encoded_again(interrupted, sources):
     assert all_rows(interrupted)[1003]["image"]["bytes"] == (sources / "images" / "1003.jpg").read_bytes()
 
 
+def test_a_changed_source_is_written_into_all_parts(interrupted, sources):
+    content = json.loads((sources / "captions.json").read_text())
+    for image in content["images"]:
+        image["source"] = "elsewhere"
+    (sources / "captions.json").write_text(json.dumps(content))
+    build(sources, interrupted)
+    assert {row["source"] for row in all_rows(interrupted).values()} == {"elsewhere"}
+
+
+def test_the_list_of_skipped_images_is_removed_when_there_are_none(tmp_path):
+    sources = write_sources(tmp_path / "sources", photos=40)
+    (photo, *_) = sorted((sources / "images").iterdir())
+    whole = photo.read_bytes()
+    photo.write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 of 40 images cannot be read \(listed in skipped\.jsonl\)"):
+        build(sources, tmp_path / "out")
+    assert (tmp_path / "out" / "skipped.jsonl").exists()
+    photo.write_bytes(whole)
+    assert build(sources, tmp_path / "out").skipped == 0
+    assert not (tmp_path / "out" / "skipped.jsonl").exists()
+
+
 def test_files_of_other_builds_are_refused(tmp_path, sources):
     build(sources, tmp_path / "out", num_shards=2, shard_index=1)
     with pytest.raises(InputError, match="belongs to another build: name another folder"):
@@ -475,6 +497,24 @@ def test_join_restores_the_images_of_a_text_only_dataset(tmp_path, sources):
             [str(tmp_path / "text")], sources / "images", tmp_path / f"joined-{variant}", [sources / "captions.json"]
         )
         assert all_rows(tmp_path / f"joined-{variant}", variant) == all_rows(tmp_path / "whole", variant)
+
+
+def test_join_keeps_the_origin_of_each_variant(tmp_path, sources):
+    rows = [json.loads(line) for line in (sources / "descriptions.jsonl").read_text().splitlines()]
+    for variant, origin in (("short", "captions"), ("long", "image"), ("none", None)):
+        kept = "long" if variant == "none" else variant
+        lines = [
+            {"image_id": row["image_id"], kept: row[kept]} | ({"written_from": origin} if origin else {})
+            for row in rows
+        ]
+        (sources / "descriptions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        build(sources, tmp_path / variant, images=None)
+    for other, origin in (("long", "image"), ("none", None)):
+        parts_of = [str(tmp_path / name) for name in ("short", other)]
+        join_images(parts_of, sources / "images", tmp_path / f"joined-{other}", [sources / "captions.json"])
+        for variant, expected in (("short", "captions"), ("long", origin)):
+            found = all_rows(tmp_path / f"joined-{other}", variant).values()
+            assert {row["written_from"] for row in found} == {expected}
 
 
 def test_join_skips_missing_images(tmp_path, sources):

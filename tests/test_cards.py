@@ -97,6 +97,13 @@ def test_a_record_has_the_runs_before_and_no_local_path(tmp_path):
     }
 
 
+def test_the_command_of_a_run_has_its_number_of_processes():
+    recorded = yaml.safe_load((SHIPPED["mini-long"] / RECORD).read_text())
+    assert lineage.command(recorded)[-1].startswith("accelerate launch -m nanovlm_hf.training ")
+    several = lineage.command(recorded | {"processes": 4})[-1]
+    assert several.startswith("accelerate launch --num_processes 4 -m nanovlm_hf.training ")
+
+
 def test_a_run_from_a_checkpoint_has_the_run_of_the_checkpoint_before_it(tmp_path):
     """By short name, or from a directory with its record; without a record the lineage is empty."""
     shipped = yaml.safe_load((SHIPPED["mini-long"] / RECORD).read_text())

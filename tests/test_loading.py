@@ -252,12 +252,12 @@ def test_special_tokens_in_a_prefix_are_refused(folder, token):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     model, processor = load_model(str(folder))
     exported = OnnxModel.__new__(OnnxModel)
-    exported.tokenizer = processor.tokenizer.backend_tokenizer
+    exported.tokenizer, exported.image_token_id, exported.image_tokens = processor.tokenizer.backend_tokenizer, 3, 1
     prefix = f"A {token} dog"
-    for use in (lambda: list(stream(model, processor, random_image(), prefix)), lambda: exported.check_prefix(prefix)):
+    for use in (lambda: list(stream(model, processor, random_image(), prefix)), lambda: exported._prompt(prefix)):
         with pytest.raises(UsageError, match=f"prefix: {token} .* must not be part of the text"):
             use()
-    exported.check_prefix("A dog < eos > pad")
+    assert exported._prompt("A dog < eos > pad")[0] == 3
 
 
 @pytest.mark.parametrize("odd", ["config: layers", "config: FIFO", "weights: NaN", "tokenizer: normalizer"])

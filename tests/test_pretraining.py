@@ -86,7 +86,9 @@ def test_a_teacher_trains_the_encoder_alone_and_the_run_resumes(toy, tmp_path, t
 def test_damaged_teacher_features_are_computed_again(tmp_path, monkeypatch, damage):
     images = np.lib.format.open_memmap(tmp_path / "images.npy", mode="w+", dtype=np.uint8, shape=(6, 4, 4, 3))
     expected = np.arange(24, dtype=np.float16).reshape(6, 4)
-    monkeypatch.setattr(distillation, "load_vision_encoder", lambda _: SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(
+        distillation, "load_vision_encoder", lambda _: SimpleNamespace(module=torch.nn.Linear(1, 1), settings={})
+    )
     monkeypatch.setattr(distillation, "weights_hash", lambda _: "0")
     monkeypatch.setattr(distillation, "_encode", lambda *_: iter([expected]))
     distillation.teacher_features(["teacher"], images, "cpu")

@@ -22,7 +22,19 @@ from nanovlm_hf.training.run_directory import COMPLETE, LOCK, SAMPLES_PAGE, RunD
 from nanovlm_hf.training.run_record import RECORD
 from nanovlm_hf.training.run_removal import check_removable
 
-from helpers.runs import CONFIG, Payload, alone, command, launch, measured, metrics, toy_options, wait_for, weights
+from helpers.runs import (
+    CONFIG,
+    ROOT,
+    Payload,
+    alone,
+    command,
+    launch,
+    measured,
+    metrics,
+    toy_options,
+    wait_for,
+    weights,
+)
 
 # A model of 37,000 parameters, so that a run takes seconds and a state little space.
 TINY = {"n_blks": 1, "n_layer": 1, "n_head": 4, "head_size": 4, "img_embd_dim": 16, "optimizer": "adamw"}
@@ -434,6 +446,29 @@ def test_the_script_does_not_remove_a_directory_without_a_run(tiny, tmp_path, to
     assert (tmp_path / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("name", ["best", "samples.html", "states", "complete"])
+def test_a_directory_of_something_else_is_not_trained_in(tiny, tmp_path, name):
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    (out / name / "step-3").mkdir()
+    for fields in ({}, {"resume": "auto"}):
+        code, errors = tiny(out, **FINISHED, **fields)
+        assert code == 1
+        told = f"output_dir: {out} holds {name}, but not the record of a run" in one_line(errors)
+        assert told or fields, "`auto` may find other problems first"
+        assert (out / name / "step-3").exists()
+
+
+def test_a_published_record_is_not_trained_over(tiny, tmp_path):
+    out = tmp_path / "kept"
+    shutil.copytree(ROOT / "training" / "experiments" / "base_texts", out)
+    before = content_of(out)
+    code, errors = tiny(out, **FINISHED, resume="auto")
+    assert code == 1
+    assert "holds a checkpoint or the record of a run, not a run" in one_line(errors)
+    assert {name: text for name, text in content_of(out).items() if name != LOCK} == before
+
+
 def test_a_run_that_cannot_begin_does_not_remove_another(tiny, killed):
     before = content_of(killed)
     for fields in ({"per_device_train_batch_size": 5000}, {"dataset": "nowhere"}, {"init_from": "nowhere"}):
@@ -448,8 +483,8 @@ def test_a_run_that_cannot_begin_does_not_remove_another(tiny, killed):
 def test_the_run_that_is_resumed_is_not_overwritten(tiny, killed):
     state = killed / "states" / "step-00000001"
     code, errors = tiny(killed, **FINISHED, overwrite="true", resume=state)
-    assert code == 1
-    assert "which this run reads" in one_line(errors)
+    assert code == 2
+    assert "cannot be used with resume" in one_line(errors)
     assert state.exists()
 
 

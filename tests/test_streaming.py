@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets import Image as HubImage
 from PIL import Image
 
@@ -97,6 +97,26 @@ def test_processes_take_different_images_and_leave_none_out(toy, processor):
     assert len(set(once[0] + once[1])) == len(once[0] + once[1])
     assert set(taken[0] + taken[1]) == set(every)
     assert once[0] != every[: len(once[0])], "the order is random"
+
+
+def test_each_process_opens_its_own_files(processor, tmp_path):
+    """If their number is a multiple of the number of processes; otherwise each reads every row, and uses its share."""
+    rows = damaged_stream(0, images=64).rows
+    files = []
+    for number in range(4):
+        files.append(str(tmp_path / f"{number}.parquet"))
+        Dataset.from_list(list(rows.skip(16 * number).take(16)), features=rows.features).to_parquet(files[-1])
+    stream = load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+    split = StreamedSplit(stream.cast_column("image", HubImage(decode=False)), files)
+    taken = []
+    for index in range(2):
+        batches = batches_of(split, processor, process_index=index, num_processes=2, steps=32)
+        taken.append({image_id for batch in batches.from_step(0) for image_id in batch["image_ids"]})
+        assert batches.rows.num_shards <= 2
+    assert taken[0] | taken[1] == set(range(64))
+    assert not taken[0] & taken[1]
+    for ids in taken:
+        assert len({image_id // 16 for image_id in ids}) == 2, "two files each"
 
 
 def test_a_second_pass_has_another_order(processor):

@@ -237,6 +237,17 @@ def inputs_of(batch):
     return {name: batch[name] for name in ("pixel_values", "texts", "word_targets", "teacher_features")}
 
 
+def test_an_image_whose_drawn_sources_have_no_text_has_one_of_the_first(tokenizer):
+    sources = {"short": [["A dog."]] * 4, "captions": [["a dog"], [], [], ["a cat"]]}
+    texts = TokenizedTexts(sources, [["a dog"]] * 4, tiny_processor(tokenizer))
+    batches = training_batches(texts, weights=[0.0, 1.0])
+    for number in range(8):
+        batch = batches[number]
+        images = [image for text in batch["texts"] for image in text["image_of_text"].tolist()]
+        assert sorted(images) == [0, 1], "each image has a text"
+    assert not training_batches(texts, weights=[0.0, 0.0])[0]["texts"]
+
+
 def test_a_batch_depends_on_its_number_alone(texts):
     one, again = training_batches(texts), training_batches(texts)
     for _ in range(3):

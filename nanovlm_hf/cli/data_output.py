@@ -23,4 +23,4 @@ def print_summary(summary: BuildSummary, out: Path) -> None:
     for variant, counts in summary.rows.items():
         print(f"{variant}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     if summary.skipped:
-        warn(f"{out / 'skipped.jsonl'}: {summary.skipped} images are left out")
+        warn(f"{out / summary.skipped_file}: {summary.skipped} images are left out")

@@ -34,11 +34,13 @@ class BuildSummary:
 
     Attributes:
         rows: number of rows by variant and split.
-        skipped: number of images that are missing or unreadable; `skipped.jsonl` gives the reasons.
+        skipped: number of images that are missing or unreadable.
+        skipped_file: name of the file that gives the reasons.
     """
 
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
     skipped: int = 0
+    skipped_file: str = "skipped.jsonl"
 
 
 def build_dataset(
@@ -128,6 +130,8 @@ class Builder:
             shard_index,
             may_be_missing,
         )
+        # Machines that share the images may write to one folder.
+        self.skipped_path = out / (f"skipped-{shard_index:04d}.jsonl" if shard_index else "skipped.jsonl")
         self.writer = parts.PartWriter(out, with_images, original, shard_index)
 
     def run(
@@ -181,11 +185,10 @@ class Builder:
                 rows.update(part.rows)
                 files.update(part.files)
                 self._check_skipped(skipped, len(records))
-        if skipped:
-            self._write_skipped(skipped)
+        self._write_skipped(skipped)
         if not rows:
             raise InputError(f"{records[0].folder or self.out}: none of the described images exists")
-        summary = BuildSummary(skipped=len(skipped))
+        summary = BuildSummary(skipped=len(skipped), skipped_file=self.skipped_path.name)
         for variant in VARIANTS:
             counts = {split: rows[f"{variant}/{split}"] for split in SPLITS if rows[f"{variant}/{split}"]}
             if counts:
@@ -196,12 +199,16 @@ class Builder:
         if not self.may_be_missing and len(skipped) > MAX_SKIPPED * total:
             self._write_skipped(skipped)
             raise InputError(
-                f"{len(skipped)} of {total} images cannot be read (listed in skipped.jsonl), the first: "
+                f"{len(skipped)} of {total} images cannot be read (listed in {self.skipped_path.name}), the first: "
                 f"{skipped[0]['reason']}"
             )
 
     def _write_skipped(self, skipped: list[dict[str, Any]]) -> None:
-        with atomic_write(self.out / "skipped.jsonl") as file:
+        """Write the list of images that are left out, or remove that of an earlier build if there are none."""
+        if not skipped:
+            self.skipped_path.unlink(missing_ok=True)
+            return
+        with atomic_write(self.skipped_path) as file:
             file.writelines(json.dumps(line) + "\n" for line in skipped)
 
     def _remove_stale(self, files: set[str]) -> None:

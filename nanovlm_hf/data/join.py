@@ -11,7 +11,7 @@ from .build import Builder, BuildSummary
 from .collections import find_image, upstream_names
 from .rows import checked, configs_of, load, readable
 from .schema import TEXT_SCHEMA
-from .sources import ORIGINS, WRITTEN_FROM, ImageRecord, http_address, read_all_captions
+from .sources import ORIGINS, WRITTEN_FROM, ImageRecord, http_address, origin_of, read_all_captions
 
 
 def join_images(
@@ -67,7 +67,7 @@ def join_images(
                 raise InputError(f"{dataset}: image_id {image_id} is a duplicate ({variant}): give each dataset once")
             texts[image_id][variant] = row["description"]
             if row.get(WRITTEN_FROM) in ORIGINS:
-                texts[image_id][WRITTEN_FROM] = row[WRITTEN_FROM]
+                texts[image_id][origin_of(variant)] = row[WRITTEN_FROM]
     builder = Builder(Path(out), with_images=True, original=original, may_be_missing=True)
     return builder.run(list(records.values()), texts, card=(license, about))
 

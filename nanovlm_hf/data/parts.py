@@ -25,7 +25,7 @@ from .encoding import jpeg_bytes, original_bytes
 from .parallel import ordered_parallel_map
 from .parquet import ParquetWriter
 from .schema import IMAGE_SCHEMA, TEXT_SCHEMA
-from .sources import WRITTEN_FROM, ImageRecord
+from .sources import WRITTEN_FROM, ImageRecord, origin_of
 from .splits import split_of
 
 IMAGES_PER_PART = 10_000  # about 120 MB at 224 x 224
@@ -94,6 +94,7 @@ class PartWriter:
         sources = [
             [
                 *(record.image_id, str(record.folder), record.file_name, record.captions),
+                *(record.source, record.coco_url),
                 *(texts[record.image_id], self._file_state(record)),
             ]
             for record in records
@@ -137,9 +138,9 @@ class PartWriter:
                     if description := texts[record.image_id].get(variant):
                         if (variant, split) not in writers:
                             writers[variant, split] = ParquetWriter(self.out / variant / f"{split}-{name}", self.schema)
-                        writers[variant, split].add(
-                            _row(record, texts[record.image_id].get(WRITTEN_FROM), description, content)
-                        )
+                        own = texts[record.image_id]
+                        origin = own.get(origin_of(variant), own.get(WRITTEN_FROM))
+                        writers[variant, split].add(_row(record, origin, description, content))
                         rows[f"{variant}/{split}"] += 1
             for writer in writers.values():
                 writer.close()

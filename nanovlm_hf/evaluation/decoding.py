@@ -17,6 +17,13 @@ from .items import load_rows, open_image
 from .object_hallucination import object_precision_recall
 
 BATCH_SIZE = 32
+PLAIN = {
+    "do_sample": False,
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 128,
+}
 METHODS: dict[str, dict[str, float]] = {
     "greedy": {},
     "greedy, no_repeat_ngram_size 3": {"no_repeat_ngram_size": 3},
@@ -57,9 +64,9 @@ def compare(name: str, dataset: str, variant: str, count: int) -> None:
         objects = object_precision_recall(texts, [""] * len(texts), captions)
         words = sum(len(text.split()) for text in texts) / len(texts)
         shares = (sum(map(repeats, texts)) / len(texts), ended / len(texts))
-        found = (objects["precision"]["mean"], objects["recall"]["mean"])
+        precision, recall = (_percent(objects[kind]["mean"]) for kind in ("precision", "recall"))
         print(
-            f"{name:<34} {shares[0]:>8.1%} {words:>6.1f} {shares[1]:>6.1%} {_percent(found[0]):>10} {_percent(found[1]):>7}",
+            f"{name:<34} {shares[0]:>8.1%} {words:>6.1f} {shares[1]:>6.1%} {precision:>10} {recall:>7}",
             flush=True,
         )
 
@@ -67,8 +74,7 @@ def compare(name: str, dataset: str, variant: str, count: int) -> None:
         texts, ended = [], 0
         for start in range(0, len(images), BATCH_SIZE):
             inputs = processor(images=images[start : start + BATCH_SIZE], return_tensors="pt").to(model.device)
-            plain = {"do_sample": False, "num_beams": 1, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "max_new_tokens": 128}
-            tokens = model.generate(**inputs, **(plain | settings))
+            tokens = model.generate(**inputs, **(PLAIN | settings))
             texts += processor.batch_decode(tokens, skip_special_tokens=True)
             ended += int((tokens == processor.tokenizer.eos_token_id).any(1).sum())
         show(name, texts, ended)

@@ -71,6 +71,8 @@ def eval_results(folder: Path) -> list[EvalResult]:
         evaluation = _read_numbers(folder / "evaluation.json")
         where = f"{folder.name}: evaluation.json"
         origin = written_from(evaluation, where)
+        for keys in (("grounding", "photos"), ("items",)):  # which the card states
+            _needed(evaluation, keys, where)
         numbers = {"grounding": (*RETRIEVAL, "items"), "in_domain": ("items",)}
         splits = {"grounding": "validation", "in_domain": "test"}
         for name, (title, keys) in EVALUATED.items():

@@ -51,8 +51,8 @@ def make_accelerator(arguments: RunArguments) -> Accelerator:
 
 def _handlers(arguments: RunArguments) -> list[KwargsHandler]:
     """Have DDP look for the weights that no loss depends on, if there are any."""
-    trains_decoder = any(arguments.text_weights)
-    if trains_decoder and arguments.trains_encoder:
+    always_has_texts = any(arguments.weights_of_images)  # files may have fewer texts than a step has micro-batches
+    if always_has_texts and arguments.trains_encoder:
         return []
     return [DistributedDataParallelKwargs(find_unused_parameters=True)]
 

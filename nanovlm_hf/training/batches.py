@@ -101,7 +101,7 @@ class TrainingBatches:
         rows = self.rows(number)
         step = number // self.micro_batches
         rngs = [np.random.default_rng((self.seed, step // self.steps_per_epoch, row)) for row in rows]
-        choices = np.array([self._choose_texts(rng) for rng in rngs])
+        choices = np.array([self._choose_texts(rng, row) for rng, row in zip(rngs, rows, strict=True)])
         without_image = np.array([rng.random() < self.image_dropout for rng in rngs]) if self.image_dropout else None
         if self.augment:
             batch_rng = np.random.default_rng((self.seed, step, 2**32 - 1))
@@ -134,13 +134,14 @@ class TrainingBatches:
             )
         return count
 
-    def _choose_texts(self, rng: np.random.Generator) -> np.ndarray:
+    def _choose_texts(self, rng: np.random.Generator, row: int) -> np.ndarray:
         """Return which text of each source an image comes with, -1 for none.
 
         It has at least one of the first, unless all weights are 0.
         """
         chosen = rng.random(len(self.weights)) < self.weights
-        chosen[0] |= not chosen.any() and any(self.weights)
+        has_text = [bool(self.texts.ids[name][row]) for name in self.texts.names]
+        chosen[0] |= not (chosen & has_text).any() and any(self.weights)
         return np.where(chosen, rng.integers(2**31, size=len(chosen)), -1)
 
     def rows(self, number: int) -> list[int]:

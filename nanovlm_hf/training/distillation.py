@@ -5,6 +5,8 @@ Beyond the paper. The teachers see each image once, before training; the encoder
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -62,6 +64,9 @@ def _stored_features(name: str, images: np.ndarray, device: torch.device | str) 
     encoder.module.to(device)
     source = Path(cast(np.memmap, images).filename)
     key = f"{len(images)}-{checksum(images):08x}-{weights_hash(encoder.module)}"
+    if encoder.settings:
+        settings = json.dumps(encoder.settings, sort_keys=True, default=str)
+        key += f"-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     path = source.with_name(f"features-{key}.npy")
     busy = f"waiting: another process is computing the features of {name} into {path.parent}"
     with named_disk_errors(path.parent), locked(path.with_suffix(".lock"), busy, wait=True) as held:

@@ -90,10 +90,12 @@ def command(record: dict[str, Any]) -> list[str]:
     if record.get("average_of"):
         runs, out = _quoted(record["average_of"]), _quoted(record["arguments"]["output_dir"])
         return [*commit, f"python -m nanovlm_hf.training.average {runs} --out {out}"]
-    return [*commit, _launch(record["arguments"])]
+    processes = record.get("processes") or 1
+    launcher = f"accelerate launch --num_processes {processes}" if processes > 1 else "accelerate launch"
+    return [*commit, f"{launcher} -m nanovlm_hf.training {_options(record['arguments'])}"]
 
 
-def _launch(recorded: dict[str, Any]) -> str:
+def _options(recorded: dict[str, Any]) -> str:
     arguments = vars(arguments_of(recorded, Path(recorded["output_dir"], RECORD)))
     config = Path(arguments["output_dir"]).name
     if any(path.stem == config for path in CONFIGS.glob("*.yaml")):
@@ -111,7 +113,7 @@ def _launch(recorded: dict[str, Any]) -> str:
         if name == "mixed_precision" and value == "bf16":  # `auto` chooses it wherever it is supported
             continue
         options.append(f"--{name} {_quoted(value)}")
-    return f"accelerate launch -m nanovlm_hf.training {' '.join(options)}"
+    return " ".join(options)
 
 
 def _quoted(value: Any) -> str:

@@ -37,7 +37,7 @@ from .loss import CompletionObjective
 from .metrics import Meter, count_flops, evaluate
 from .optimizers import optimizers_of
 from .provenance import describe_run
-from .resume import check_same_run, find_state
+from .resume import check_destination, check_same_run, find_state
 from .run_directory import RunDirectory, locked_run_directory
 from .samples import known_words
 from .signals import StoppedError, StopSignals
@@ -185,6 +185,7 @@ class _Run:
         arguments, accelerator = self.arguments, self.accelerator
         record = self.record
         state = find_state(arguments.resume, self.folder)
+        check_destination(self.folder, state)
         if state is not None:
             check_same_run(record, self.folder, state)
             self.progress = load_state(state, accelerator, self.ema)
@@ -297,12 +298,13 @@ class _Run:
         save_due = step % arguments.save_steps == 0 or last or stop
         if log_due or evaluation_due or save_due:
             self._check_finite(grad_norm)
+        row = self._row(grad_norm) if log_due or evaluation_due else {}
         if log_due:
-            self._log(grad_norm)
+            self._call("on_log", step, row)
             self.meter.restart()
         ended = self._evaluate() if evaluation_due else False
         if ended and not log_due:
-            self._log(grad_norm)
+            self._call("on_log", step, row)
         if evaluation_due:
             self.meter.restart_clock()
         if save_due or ended:
@@ -325,16 +327,16 @@ class _Run:
             )
         self.recent_ids.clear()
 
-    def _log(self, grad_norm: torch.Tensor) -> None:
+    def _row(self, grad_norm: torch.Tensor) -> dict[str, Any]:
+        """Return what is logged of the steps since the last row."""
         step = self.progress["step"]
-        row = {
+        return {
             "step": step,
             "epoch": self.batches.epoch(step),
             "learning_rate": self.schedules[0].get_last_lr()[0],
             "grad_norm": float(grad_norm),
             **self.meter.read(self.flops_per_image),
         }
-        self._call("on_log", step, row)
 
     @cached_property
     def vocabulary(self) -> set[str]:

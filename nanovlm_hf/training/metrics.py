@@ -131,7 +131,7 @@ def evaluate(
     model.eval()
     with accelerator.autocast():
         metrics = validation_losses(model, processor, split, with_images)
-    completions = complete_samples(model, processor, split)
+    completions = complete_samples(model, processor, split, with_images)
     metrics |= coherence([one.added for one in completions], vocabulary)
     model.train(training)
     return metrics, completions

@@ -49,7 +49,7 @@ def hidden_weights(model: NanoVLMForConditionalGeneration) -> list[nn.Parameter]
 def parameter_groups(
     model: nn.Module, weight_decay: float, exclude: list[nn.Parameter] | None = None
 ) -> list[dict[str, Any]]:
-    """Return AdamW's groups: weight decay on matrices, none on biases, norms, positions and [CLS]."""
+    """Return AdamW's groups: weight decay on matrices, none on biases, norms, the encoder's positions and [CLS]."""
     excluded = {id(weight) for weight in exclude or []}
     parameters = [one for one in model.parameters() if one.requires_grad and id(one) not in excluded]
     matrices = [parameter for parameter in parameters if parameter.ndim in (2, 4)]

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError
 from .run_directory import RunDirectory
 from .run_record import RECORD, read_record
+from .run_removal import FILES, MODELS
 from .states import PROGRESS
 
 # All other fields must stay the same. For `mixed_precision`, the value that it resolves to is compared.
@@ -33,6 +34,25 @@ def find_state(resume: str | None, folder: RunDirectory) -> Path | None:
     if not (Path(resume) / PROGRESS).exists():
         raise InputError(f"resume: there is no state in {resume}: set it to auto or to a folder states/step-...")
     return Path(resume)
+
+
+def check_destination(folder: RunDirectory, state: Path | None) -> None:
+    """Raise InputError if the directory of a run to begin or resume holds something else, which would be overwritten.
+
+    Args:
+        state: that the run resumes from, if any; one in this directory may have lost its record.
+    """
+    if (folder.path / RECORD).exists():
+        if "photos_seen" in read_record(folder.path / RECORD):
+            raise InputError(
+                f"output_dir: {folder.path} holds a checkpoint or the record of a run, not a run: name another folder"
+            )
+        return
+    found = [name for name in (*FILES, *MODELS, "states") if (folder.path / name).exists()]
+    if found and (state is None or state.resolve().parents[1] != folder.path.resolve()):
+        raise InputError(
+            f"output_dir: {folder.path} holds {found[0]}, but not the record of a run ({RECORD}): name another folder"
+        )
 
 
 def check_same_run(record: dict[str, Any], folder: RunDirectory, state: Path) -> None:

@@ -50,14 +50,22 @@ def known_words(splits: Splits) -> set[str]:
 
 
 @torch.no_grad()
-def complete_samples(model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, split: Split) -> list[Sample]:
-    """Complete the descriptions of the first images of a split; the model is in evaluation mode."""
+def complete_samples(
+    model: NanoVLMForConditionalGeneration, processor: NanoVLMProcessor, split: Split, with_images: bool = True
+) -> list[Sample]:
+    """Complete the descriptions of the first images of a split; the model is in evaluation mode.
+
+    Args:
+        with_images: False for a model that has learned texts without images: the embedding of `<image>` stands for one.
+    """
     rows = list(range(min(COMPLETIONS, len(split))))
     tokenizer = processor.tokenizer
     references = [tokenizer.decode(split.texts.ids[split.texts.names[0]][row][0][:-1]) for row in rows]
     prefixes = [prefix_of(reference, PREFIX_WORDS) for reference in references]
     images = [Image.fromarray(np.array(split.images[row])) for row in rows]
     inputs = processor(images=images, text=prefixes, return_tensors="pt").to(model.device)
+    if not with_images:
+        del inputs["pixel_values"]
     tokens = model.generate(**inputs, generation_config=generation_config(model.config))
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
     added = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -108,8 +108,12 @@ class StreamedBatches:
         num_processes: int = 1,
         **settings: Any,
     ):
-        shuffled = split.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        self.rows = split_dataset_by_node(shuffled, process_index, num_processes)
+        shuffle = {"seed": seed, "buffer_size": SHUFFLE_BUFFER}
+        if num_processes > 1 and split.rows.num_shards % num_processes == 0:
+            # First: `shuffle` merges the files into one source, of which each process would read every row.
+            self.rows = split.rows.shard(num_processes, process_index).shuffle(**shuffle)
+        else:
+            self.rows = split_dataset_by_node(split.rows.shuffle(**shuffle), process_index, num_processes)
         self.processor, self.sources, self.steps = processor, sources, steps
         self.micro_batches = micro_batches
         self.settings = {"batch_size": batch_size, "micro_batches": micro_batches, **settings}
