@@ -50,7 +50,8 @@ def test_captions_to_dataset(run, tmp_path, monkeypatch, words):
     assert code == (0 if described else 1), errors
     if not described:
         assert "rejected.jsonl: no description was accepted" in errors[-1]
-        described = [{"image_id": reply["image_id"], "short": reply["text"]} for reply in replies[:PHOTOS]]
+        texts_of = {reply["image_id"]: reply["text"].strip() for reply in replies}
+        described = [{"image_id": image_id, "short": text} for image_id, text in texts_of.items()]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in described))
     code, _, errors = run(
