@@ -12,8 +12,10 @@ from nanovlm_hf.chat.prices import Price
 from nanovlm_hf.chat.replies import ChatRequest, ReplyStore
 from nanovlm_hf.data.describe import Describer, DescribeSettings, packaged_prompt
 from nanovlm_hf.data.sources import ImageRecord
+from nanovlm_hf.evaluation.judge import Judge, JudgeSettings
 
 from helpers.batch_server import TEXT, batch_server, completion
+from helpers.gradings import rows_of
 
 pytestmark = pytest.mark.usefixtures("api_key")
 PROMPT = "Describe the photo in the words of a small child. " * 20  # 1,000 characters, about 250 tokens
@@ -94,6 +96,19 @@ def test_a_request_without_reply_is_not_sent_again_in_the_next_round(running, tm
         describer.run(lambda requests, _: ask_all(Endpoint("m", url, concurrency=1, tries=6), requests, store))
         assert len(sent) == 2
         assert "run again to retry them" in describer.incomplete_reason(tmp_path)
+
+
+def test_a_grading_without_reply_is_not_sent_again_in_the_next_round(running, tmp_path, monkeypatch):
+    state, url = running
+    monkeypatch.setattr("nanovlm_hf.chat.client.LONGEST_PAUSE", 0.01)
+    state.__init__()
+    sent = []
+    state.reply = lambda *request: sent.append(request) or (200, b"{")
+    with ReplyStore(tmp_path / "out") as store:
+        judge = Judge(rows_of(1), JudgeSettings("m"), store)
+        judge.run(lambda requests, _: ask_all(Endpoint("m", url, concurrency=1, tries=6), requests, store))
+        assert len(sent) == 2
+        assert "run again to request them" in judge.incomplete_reason()
 
 
 def test_timeouts_count_but_refused_connections_do_not(ask, running, tmp_path):

@@ -17,15 +17,13 @@ from ..variants import VARIANTS
 T = TypeVar("T")
 
 WRITTEN_FROM = "written_from"  # field and column: what a text was written from
+ORIGINS = ("captions", "image")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def origin_of(variant: str) -> str:
     """Return the key of what the text of one variant was written from, where those of an image differ."""
     return f"{WRITTEN_FROM}:{variant}"
-
-
-ORIGINS = ("captions", "image")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(slots=True)

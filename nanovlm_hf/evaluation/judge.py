@@ -207,13 +207,15 @@ class Judge:
             ask: sends the requests of a round, given with their number, and returns an `Outcome`.
         """
         self.read()
+        given_up: set[str] = set()
         try:
             for _ in range(self.settings.attempts):
-                missing = self.missing()
+                missing = [one for one in self.missing() if _next_key(one) not in given_up]
                 if not missing or self.stopped or self.error:
                     break
                 outcome = ask(map(self._request, missing), len(missing))
                 self.stopped, self.error = outcome.stopped, outcome.error
+                given_up |= outcome.given_up
                 self.read()
                 for grading in self.gradings:
                     grading.problem = outcome.unanswered.get(_next_key(grading), grading.problem)
