@@ -5,7 +5,6 @@ Beyond the paper. The teachers see each image once, before training; the encoder
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -20,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.image_store import checksum
-from ..evaluation.fingerprints import weights_hash
+from ..evaluation.fingerprints import digest_of, weights_hash
 from ..files import locked, named_disk_errors, read_json, validate, write_json
 from ..vision_encoders import VisionEncoder, load_vision_encoder
 
@@ -65,8 +64,7 @@ def _stored_features(name: str, images: np.ndarray, device: torch.device | str) 
     source = Path(cast(np.memmap, images).filename)
     key = f"{len(images)}-{checksum(images):08x}-{weights_hash(encoder.module)}"
     if encoder.settings:
-        settings = json.dumps(encoder.settings, sort_keys=True, default=str)
-        key += f"-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        key += f"-{digest_of([json.dumps(encoder.settings, sort_keys=True, default=str).encode()])}"
     path = source.with_name(f"features-{key}.npy")
     busy = f"waiting: another process is computing the features of {name} into {path.parent}"
     with named_disk_errors(path.parent), locked(path.with_suffix(".lock"), busy, wait=True) as held:
