@@ -8,7 +8,7 @@ set -euo pipefail
 [ $# -eq 3 ] || { echo "usage: bash $0 DATA OUT MINI" >&2; exit 2; }
 source "$(dirname "$0")/stages.sh"
 
-stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5 --num_train_epochs 2
-half=(--patch_dropout 0.5 --num_train_epochs 0.5 --warmup_steps 20 --save_steps 50)
-variant base short "${half[@]}"
-variant base long "${half[@]}"
+stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5 --num_train_epochs 1.5
+quarter=(--patch_dropout 0.5 --num_train_epochs 0.25 --warmup_steps 20 --save_steps 50)
+variant base short "${quarter[@]}"
+variant base long "${quarter[@]}"
