@@ -155,6 +155,20 @@ def test_a_damaged_job_is_reported(describe, tmp_path, line):
     assert describe("", photos=2)[0] == 0
 
 
+def test_requests_of_a_pending_batch_are_not_sent_one_by_one(describe, run, server, tmp_path):
+    describe("")
+    (tmp_path / "out" / "batch" / "00001.json").write_text(json.dumps({"batch_id": "batch_lost"}))
+    (tmp_path / "out" / "replies.jsonl").unlink()
+    before = len(server.entries())
+    named = ("--captions", tmp_path / "captions.json", "--out", tmp_path / "out", "--variant", "short")
+    code, _, errors = run("data", "describe", *named, "--base-url", f"{server.url}/v1")
+    assert code == 1
+    assert "00001.jsonl: the replies of this batch have not been fetched: add --batch" in errors[-1]
+    assert len(server.entries()) == before
+    (tmp_path / "out" / "batch" / "00001.jsonl").unlink()
+    assert run("data", "describe", *named, "--base-url", f"{server.url}/v1")[0] == 0
+
+
 def test_a_lost_batch_is_reported(describe, tmp_path):
     describe("", "--temperature", 1.5)
     note = tmp_path / "out" / "batch" / "00001.json"

@@ -20,7 +20,7 @@ from ..files import parse_json
 from .answers import Reply, UnreadableReplyError, all_thinking, read_completion, read_count
 from .api_errors import MAX_SHOWN, ApiError, parse_error_body
 from .batch_api import Batch, BatchApi
-from .batch_jobs import LOST, JobFolder
+from .batch_jobs import FOLDER, LOST, JobFolder
 from .client import ALL_THINKING, Outcome, spent, thinking_problem
 from .endpoint import Endpoint, EndpointError
 from .prices import BATCH_DISCOUNT, most_tokens
@@ -81,7 +81,7 @@ class _Batches:
     ):
         self.endpoint, self.api, self.store = endpoint, api, store
         self.progress, self.say, self.poll_seconds = progress, say, poll_seconds
-        self.jobs = JobFolder(store.path.parent / "batch")
+        self.jobs = JobFolder(store.path.parent / FOLDER)
         self.outcome = Outcome()
         self.refusals = Refusals(endpoint, store)
         self.lost: set[str] = set()  # ids of batches whose replies cannot be fetched, and whose notes the user removed

@@ -17,6 +17,7 @@ from .endpoint import Endpoint
 from .prices import most_tokens
 from .replies import ChatRequest
 
+FOLDER = "batch"  # beside the replies
 LOST = ".lost"  # suffix of the mark of a job whose user was told that its replies are lost
 _NAME = re.compile(r"[0-9]{1,9}\.jsonl")
 _NUMBERED = re.compile(r"[0-9]{1,9}\.jsonl?")  # also a state whose job was removed
@@ -121,6 +122,24 @@ class JobFolder:
         """Change fields of a job's state."""
         with atomic_write(path.with_suffix(".json")) as file:
             file.write(json.dumps(self.state(path).model_dump() | fields))
+
+
+def refuse_pending(folder: Path) -> None:
+    """Check that no batch is pending, before its requests are sent one by one and paid for a second time.
+
+    Args:
+        folder: folder of the replies.
+
+    Raises:
+        InputError: if the replies of a job are not in the store.
+    """
+    if not (folder / FOLDER).is_dir():
+        return
+    for path in JobFolder(folder / FOLDER).unfetched():
+        raise InputError(
+            f"{path}: the replies of this batch have not been fetched: add --batch to fetch them, or remove the file "
+            "to send its requests again"
+        )
 
 
 def _request_of(row: Any) -> ChatRequest:

@@ -23,12 +23,18 @@ def make_request_fn(
         store: of the replies.
         batch: use the Batch API.
         poll_seconds: between two polls of a batch's status.
+
+    Raises:
+        InputError: by the function, if single requests are to be sent while a batch in the store's folder is pending.
     """
     from tqdm import tqdm
 
+    from .batch_jobs import refuse_pending
     from .client import ask_all
 
     def ask(requests: Any, total: int) -> Any:
+        if not batch:
+            refuse_pending(store.path.parent)
         with tqdm(total=total, unit="reply", mininterval=0.5, smoothing=0.05) as bar:
 
             def progress(cost: float | None) -> None:
