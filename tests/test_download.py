@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -35,6 +36,14 @@ def test_redirects_are_followed_and_counted(server, fetch):
     assert fetch(f"{server.url}/to/%2F1000.jpg").startswith(b"\xff\xd8"), "a relative address"
     with pytest.raises(InputError, match="more than 5 redirects"):
         fetch(f"{server.url}/again")
+
+
+def test_no_cookie_is_sent_back(server, fetch):
+    before = len(server.entries())
+    assert fetch(f"{server.url}/cookie/{quote('/to/%2F1000.jpg', safe='')}").startswith(b"\xff\xd8")
+    asked = [entry for entry in server.entries()[before:] if "headers" in entry]
+    assert [entry["path"].split("/")[1] for entry in asked] == ["cookie", "to"]
+    assert not any("Cookie" in entry["headers"] for entry in asked)
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@
 `/NUMBER.jpg` is an image generated from the number. The last digit determines the first response: 1 a 503, 2 half of
 the bytes, 4 a broken connection, 5 an HTML page, 6 a 429 with Retry-After; or all responses: 3 a 404, 7 half of
 the bytes.
-`/to/ADDRESS` redirects, `/again` to itself, and these never return an image: `/busy` (503, "Retry-After: 3600"),
-`/drip` (a byte at a time), `/headers` (a header at a time), `/stall` (nothing more after the header), `/endless`,
-`/bomb` (gzip of zeros).
+`/to/ADDRESS` redirects, `/cookie/ADDRESS` also sets a cookie, `/again` redirects to itself, and these never return an
+image: `/busy` (503, "Retry-After: 3600"), `/drip` (a byte at a time), `/headers` (a header at a time), `/stall`
+(nothing more after the header), `/endless`, `/bomb` (gzip of zeros).
 """
 
 import gzip
@@ -80,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def give_to(self, address):
         self.reply(302, b"", {"Location": address})
+
+    def give_cookie(self, address):
+        self.reply(302, b"", {"Location": address, "Set-Cookie": "visitor=7; Path=/"})
 
     def give_again(self, _):
         self.reply(302, b"", {"Location": "/again"})
