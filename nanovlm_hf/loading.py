@@ -34,10 +34,11 @@ MAX_PARAMETERS = 1_000_000_000
 MAX_SIDE = 1024
 MAX_PATCHES = 4096
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-[0-9]*-of-[0-9]*.safetensors"  # not those of other formats, such as model-quantized.safetensors
 # Files to download from the Hub: no code and no pickles.
 FILES = [
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "adapter_config.json", "model*.safetensors", INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "adapter_config.json", WEIGHTS, SHARDS, INDEX),
 ]
 
 
