@@ -44,8 +44,10 @@ _ASSIGNED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
-# Code and settings that look like tokens: hf_hub_download, HF_HUB_OFFLINE, "Bearer authentication".
-_NOT_A_TOKEN = re.compile(r"hf_transfer|hf_[a-z]{1,15}(?:_[a-z]{1,15})+|bearer\s+[a-z]{1,15}", re.IGNORECASE)
+# Code and words that look like tokens: hf_hub_download, HF_HUB_OFFLINE, "Bearer authentication", "torch bearer runs."
+_NOT_A_TOKEN = re.compile(
+    r"hf_transfer|hf_[a-z]{1,15}(?:_[a-z]{1,15})+|bearer\s+[a-z]{1,15}(?:-[a-z]{1,15})?\.{0,3}", re.IGNORECASE
+)
 _PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([/\\\"'])|([nrt]))")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")

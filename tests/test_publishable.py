@@ -307,6 +307,7 @@ def test_the_current_token_is_found_whatever_its_form(run, checkpoint, monkeypat
         ("HF_HUB_OFFLINE=1 HF_TOKEN=... hf_transfer nanovlm_hf", False),
         ("send it as a Bearer authentication header; git+ssh://git@github.com/a/b", False),
         ("a risk-averse, task-oriented person", False),
+        ("There is a torch bearer smiling. The torch bearer jumps...", False),
         ("Authorization: Bearer abc123.def456", True),
         (f"'{TOKEN}'", True),
         ("hf_" + "a" * 34, True),
