@@ -533,6 +533,14 @@ def test_a_report_of_another_model_is_rejected(checkpoint, tmp_path):
         model_card.add_evaluation(checkpoint, a_report(tmp_path / "report", name="other"))
 
 
+def test_completions_of_another_evaluation_are_rejected(checkpoint, tmp_path):
+    report = a_report(tmp_path / "report")
+    completions = report / "completions" / "mini-short.jsonl"
+    completions.write_text("".join(completions.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match=r"mini-short\.jsonl: 2 completions, but .*: evaluate mini-short again"):
+        model_card.add_evaluation(checkpoint, report)
+
+
 def test_runs_are_kept_and_compared(tmp_path):
     folder = compare.keep(a_run(tmp_path / "try").path, tmp_path / "kept")
     assert {path.name for path in folder.iterdir()} == {RECORD, "metrics.jsonl"}

@@ -227,7 +227,13 @@ def add_evaluation(folder: Path, report: Path) -> None:
     measured = dict(in_domain["models"][name])
     mentions = measured["mentions"].pop("rows")
     measured["originality"].pop("rows")
-    examples = _examples(report / "completions" / f"{name}.jsonl")
+    completions = report / "completions" / f"{name}.jsonl"
+    examples = _examples(completions)
+    if len(examples) != len(mentions):
+        raise InputError(
+            f"{completions}: {len(examples)} completions, but results.json was written for {len(mentions)}: "
+            f"evaluate {name} again"
+        )
     failures = sorted(range(len(examples)), key=lambda index: -len(mentions[index]["unseen"]))[:FAILURES]
     write_json(
         folder / "evaluation.json",
