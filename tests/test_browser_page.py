@@ -182,6 +182,62 @@ def test_memory_stays_flat(context, address, images):
 
 
 @pytest.mark.slow
+def test_the_last_choice_of_a_photo_and_a_model_counts(context, address, images):
+    """A photo that is decoded more slowly than the next one, and a completion that another model interrupts."""
+    page = context.new_page()
+    slow = """
+        const decode = window.createImageBitmap;
+        let calls = 0;
+        window.createImageBitmap = async (blob) => {
+          calls += 1;
+          if (calls === 1) await new Promise((resolve) => setTimeout(resolve, 1000));
+          return decode(blob);
+        };
+    """
+    page.add_init_script(slow)
+    page.goto(address)
+    page.locator("#complete:enabled").wait_for()
+    page.locator("#file").set_input_files(images[0])
+    page.locator("#file").set_input_files(images[1])
+    page.locator(f"#preview[alt$='{images[1].name}']").wait_for()
+    page.wait_for_timeout(1500)
+    assert page.locator("#preview").get_attribute("alt").endswith(images[1].name)
+    page.locator("#complete").click()
+    page.get_by_role("radio", name="long").check()
+    page.locator("#complete:enabled").wait_for()
+    assert page.locator("#loading").is_hidden()
+    assert page.locator("#with").inner_text() == ""
+
+
+@pytest.mark.slow
+def test_an_update_keeps_the_binary_and_other_pages_alone(context, built, images, tmp_path):
+    folder = tmp_path / "page"
+    shutil.copytree(built, folder)
+    (folder / "other.txt").write_text("of another page")
+    with served(folder) as url:
+        page = opened(context, url)
+        worker = (folder / "sw.js").read_text()
+        version = re.search(r"nanovlm-page-([0-9a-f]{12})", worker).group(1)
+        (folder / "sw.js").write_text(worker.replace(version, "0" * 12))
+        page.evaluate("() => navigator.serviceWorker.ready.then((registration) => registration.update())")
+        page.wait_for_function(
+            "async () => (await caches.keys()).sort().join(' ') === "
+            f"'nanovlm-assets nanovlm-models nanovlm-page-{'0' * 12}'"
+        )
+        assert page.evaluate("() => fetch('other.txt').then((answer) => answer.text())") == "of another page"
+        for binary in folder.glob("assets/*.wasm"):
+            binary.unlink()
+        page.close()
+        page = opened(context, url)
+        assert isinstance(completed(page, images[0], "There is a"), tuple)
+        context.set_offline(True)
+        page.close()
+        page = opened(context, f"{url}index.html")
+        assert isinstance(completed(page, images[0], "There is a"), tuple)
+        assert page.evaluate("() => fetch('other.txt').then(() => 'kept', () => 'not kept')") == "not kept"
+
+
+@pytest.mark.slow
 def test_mistakes_of_a_visitor(context, address, images, tmp_path):
     page = opened(context, address)
     message = page.locator("#message:not(:empty)")
@@ -192,7 +248,8 @@ def test_mistakes_of_a_visitor(context, address, images, tmp_path):
     for path in (broken, SOURCE / "package.json"):
         page.locator("#file").set_input_files(path)
         page.get_by_text(f"{path.name}: this browser cannot read it").wait_for()
-    assert completed(page, images[0], "a <image>").startswith("<image> stands for the photo")
+    for token in ("<image>", "<eos>"):
+        assert completed(page, images[0], f"a {token}").startswith(f"{token} has a special meaning for the model")
     page.locator("#take").click()
     page.get_by_text(re.compile("camera.*choose a photo", re.IGNORECASE)).wait_for()
 
@@ -216,6 +273,9 @@ def test_browser_without_simd_and_lost_weights(context, address):
     page.add_init_script("WebAssembly.validate = () => false")
     page.goto(address)
     page.locator("#message", has_text="lacks WebAssembly SIMD").wait_for()
+    page.locator("#file").set_input_files(Path(__file__))  # a message about it would hide the reason
+    page.wait_for_timeout(500)
+    assert "lacks WebAssembly SIMD" in page.locator("#message").inner_text()
     assert page.locator("#complete").is_disabled()
     page.close()
     context.route("**/*.onnx", lambda route: route.abort())

@@ -15,10 +15,12 @@ function serviceWorker() {
       const names = Object.keys(bundle).sort();
       const version = createHash('sha256');
       for (const name of names) version.update(name).update(bundle[name].code ?? bundle[name].source);
+      const assets = names.filter((name) => name.startsWith('assets/'));
       // The binary is kept when it is first used: the visitor sees that something is loading.
-      const files = ['./', 'icon.svg', ...names.filter((name) => name.startsWith('assets/') && !name.endsWith('.wasm'))];
+      const files = ['./', 'icon.svg', ...assets.filter((name) => !name.endsWith('.wasm'))];
       const source = readFileSync('src/sw.js', 'utf8')
         .replace('__FILES__;', `${JSON.stringify(files)};`)
+        .replace('__ASSETS__;', `${JSON.stringify(assets)};`)
         .replace('__VERSION__\';', `${version.digest('hex').slice(0, 12)}';`);
       this.emitFile({ type: 'asset', fileName: 'sw.js', source });
     },

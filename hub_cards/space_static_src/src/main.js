@@ -10,10 +10,26 @@ const MODELS = new URL('models/', document.baseURI).pathname;
 
 let worker = null;
 let photo = null; // Blob
+let choices = 0; // photos that were chosen
+let jobs = 0; // messages to the worker; answers to earlier ones than the last are ignored
 let busy = true;
+let broken = false; // the page cannot be used, and its message stays
 
 function say(message) {
-  element('message').textContent = message;
+  if (!broken) element('message').textContent = message;
+}
+
+/** Show why the page cannot be used. */
+function fail(message) {
+  element('loading').hidden = true;
+  setBusy(true);
+  say(message);
+  broken = true;
+}
+
+function send(message) {
+  jobs += 1;
+  worker.postMessage({ ...message, base: MODELS, folder: chosen().value, job: jobs });
 }
 
 function setBusy(value) {
@@ -41,25 +57,32 @@ function showPhoto(blob, name) {
 
 async function setPhoto(blob, name) {
   if (!blob) return;
+  choices += 1;
+  const number = choices;
   try {
     (await createImageBitmap(blob)).close();
   } catch {
-    say(`${name}: this browser cannot read it: choose a JPEG, PNG or WebP file that is not damaged.`);
+    if (number === choices) say(`${name}: this browser cannot read it: choose a JPEG, PNG or WebP file that is not damaged.`);
     return;
   }
-  showPhoto(blob, name);
+  if (number === choices) showPhoto(blob, name); // another may have been chosen meanwhile
 }
 
 function chosen() {
   return document.querySelector('input[name="model"]:checked');
 }
 
+function clearTexts() {
+  element('with').textContent = element('without').textContent = '';
+}
+
 function loadModel() {
   setBusy(true);
   say('');
+  clearTexts(); // they are another model's, which may still be writing
   const { name, bytes } = chosen().dataset;
   showLoading(`Loading ${name} (${(bytes / 1e6).toFixed(1)} MB, kept for later visits)`);
-  worker.postMessage({ base: MODELS, folder: chosen().value });
+  send({});
 }
 
 function complete(event) {
@@ -70,13 +93,14 @@ function complete(event) {
     return;
   }
   say('');
-  element('with').textContent = element('without').textContent = '';
+  clearTexts();
   setBusy(true);
   element('with').scrollIntoView({ block: 'nearest' }); // below the form on a phone
-  worker.postMessage({ base: MODELS, folder: chosen().value, photo, prefix: element('prefix').value });
+  send({ photo, prefix: element('prefix').value });
 }
 
 function receive({ data }) {
+  if (data.job !== jobs) return;
   if (data.type === 'progress') element('progress').value = (100 * data.received) / chosen().dataset.bytes;
   if (data.type === 'loaded') element('loading').hidden = true;
   if (data.type === 'text') element(data.field).textContent = data.text;
@@ -145,8 +169,7 @@ function listen() {
 async function start() {
   listen();
   if (!hasSimd()) {
-    element('loading').hidden = true;
-    say(NO_SIMD);
+    fail(NO_SIMD);
     return;
   }
   await keepForOffline();
@@ -157,15 +180,12 @@ async function start() {
     addModels(models);
     addExamples(examples);
   } catch (error) {
-    element('loading').hidden = true;
-    say(`models.json cannot be loaded (${error.message}): check the connection and reload the page.`);
+    fail(`models.json cannot be loaded (${error.message}): check the connection and reload the page.`);
     return;
   }
   worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
   worker.addEventListener('message', receive);
-  worker.addEventListener('error', () => {
-    receive({ data: { type: 'error', message: 'The model stopped: reload the page.' } });
-  });
+  worker.addEventListener('error', () => fail('The model stopped: reload the page.'));
   loadModel();
 }
 

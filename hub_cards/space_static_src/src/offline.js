@@ -8,7 +8,8 @@ export async function keepForOffline() {
   if (!workers || workers.controller) return;
   const controlled = new Promise((resolve) => workers.addEventListener('controllerchange', resolve, { once: true }));
   try {
-    await workers.register('./sw.js');
+    const registration = await workers.register('./sw.js');
+    if (registration.active) return; // a forced reload bypasses it
     await Promise.race([controlled, new Promise((resolve) => setTimeout(resolve, WAIT))]);
   } catch {
     // Storage may be blocked, as in private windows and frames of other sites.

@@ -12,6 +12,7 @@ env.backends.onnx.wasm.wasmPaths = { wasm: new URL(wasm, self.location.href).hre
 env.backends.onnx.wasm.numThreads = 1; // more need headers that a static host may not send
 
 const IMAGE_TOKEN = '<image>';
+let job = 0; // number of the message in work, which the page finds in every answer
 let loaded = null; // { folder, model, tokenizer, preprocessor }
 
 /** Fetch as usual; while graphs are loaded, tell the page how many bytes have arrived. */
@@ -22,12 +23,16 @@ env.fetch = async (address, options) => {
   const count = new TransformStream({
     transform(chunk, controller) {
       received += chunk.byteLength;
-      self.postMessage({ type: 'progress', received });
+      post({ type: 'progress', received });
       controller.enqueue(chunk);
     },
   });
   return new Response(answer.body.pipeThrough(count), answer);
 };
+
+function post(message) {
+  self.postMessage({ ...message, job });
+}
 
 /** Load a model unless it is loaded; only one is kept in memory. */
 async function load(base, folder) {
@@ -57,7 +62,7 @@ async function complete(pixels, prefix, field) {
     skip_special_tokens: true,
     callback_function: (words) => {
       text += words;
-      self.postMessage({ type: 'text', field, text: oneLine(text) });
+      post({ type: 'text', field, text: oneLine(text) });
     },
   });
   const tokens = await model.generate({
@@ -69,7 +74,7 @@ async function complete(pixels, prefix, field) {
     streamer,
   });
   const [whole] = tokenizer.batch_decode(tokens, { skip_special_tokens: true });
-  self.postMessage({ type: 'text', field, text: oneLine(whole) });
+  post({ type: 'text', field, text: oneLine(whole) });
 }
 
 function oneLine(text) {
@@ -78,11 +83,12 @@ function oneLine(text) {
 
 async function handle({ base, folder, photo, prefix }) {
   await load(base, folder);
-  self.postMessage({ type: 'loaded', folder });
+  post({ type: 'loaded' });
   if (photo === undefined) return;
   const trimmed = prefix.trim();
-  if (trimmed.includes(IMAGE_TOKEN)) {
-    throw new PhotoError(`${IMAGE_TOKEN} stands for the photo: remove it from the beginning of the sentence.`);
+  const special = loaded.tokenizer.all_special_tokens.find((token) => trimmed.includes(token));
+  if (special !== undefined) {
+    throw new PhotoError(`${special} has a special meaning for the model: remove it from the beginning of the sentence.`);
   }
   await complete(pixelValues(await decode(photo), loaded.preprocessor), trimmed, 'with');
   await complete(blankPixelValues(loaded.preprocessor), trimmed, 'without');
@@ -91,15 +97,16 @@ async function handle({ base, folder, photo, prefix }) {
 let queue = Promise.resolve();
 self.addEventListener('message', ({ data }) => {
   queue = queue.then(async () => {
+    job = data.job;
     try {
       await handle(data);
-      self.postMessage({ type: 'done' });
+      post({ type: 'done' });
     } catch (error) {
       const message =
         error instanceof PhotoError
           ? error.message
           : `The model cannot be loaded or run (${String(error.message ?? error).split('\n')[0]}): check the connection and reload the page.`;
-      self.postMessage({ type: 'error', message });
+      post({ type: 'error', message });
     }
   });
 });
