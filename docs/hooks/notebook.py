@@ -19,7 +19,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         f"```python\n{text}\n```" if cell["cell_type"] == "code" else text
         for cell, text in zip(cells, parts, strict=True)
     ]
-    download = f"[Download the notebook](../{NOTEBOOK}) to run it in Jupyter or on Colab."
+    download = f"[Download the notebook](../{NOTEBOOK}) to run it in Jupyter."
     parts.insert(1, download)
     files.append(File.generated(config, PAGE, content="\n\n".join(parts)))
     return files
