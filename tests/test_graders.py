@@ -10,8 +10,9 @@ import pytest
 from nanovlm_hf import InputError
 from nanovlm_hf.evaluation.completions import Row
 from nanovlm_hf.evaluation.grade_files import read_graded
-from nanovlm_hf.evaluation.graders import read_records
+from nanovlm_hf.evaluation.graders import grades_of, read_records
 from nanovlm_hf.evaluation.judge import CRITERIA, paper_prompt
+from nanovlm_hf.evaluation.report_graders import graders_tables
 from nanovlm_hf.evaluation.sheets import CLAIMS, read_sheet_key, write_grading_sheet
 from nanovlm_hf.hub import model_card
 
@@ -298,6 +299,15 @@ def test_a_damaged_record_is_rejected(sheet, run, tmp_path, change, problem):
     record.write_text(json.dumps(change(json.loads(record.read_text()))))
     with pytest.raises(InputError, match=f"{record.name}: .*{problem}"):
         read_records(tmp_path / "grades")
+
+
+def test_a_judge_agrees_with_a_grader_of_the_same_name(sheet, run, tmp_path):
+    path = fill(sheet, "a.jsonl", rated)
+    assert run("evaluate", "judge", "--grades", path, "--grader", "gpt-4o", "--out", tmp_path)[0] == 0
+    records = read_records(tmp_path / "grades")
+    judged = {"gpt-4o": grades_of(records)["gpt-4o"]}
+    (table,) = graders_tables(records, judged)
+    assert "Agreement of gpt-4o, gpt-4o (judge) on" in table.note
 
 
 def test_a_card_shows_the_grades_of_its_model(sheet, run, tmp_path):

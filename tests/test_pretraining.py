@@ -4,15 +4,18 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ResNetConfig, ResNetModel, set_seed
 
-from nanovlm_hf import InputError, NanoVLMForConditionalGeneration, cli
+from nanovlm_hf import SHIPPED, InputError, NanoVLMForConditionalGeneration, cli
 from nanovlm_hf.data.image_store import decode_once
 from nanovlm_hf.data.rows import load
 from nanovlm_hf.evaluation.probe import linear_probe, probe_data
@@ -27,7 +30,7 @@ from nanovlm_hf.training.texts import TokenizedTexts
 from nanovlm_hf.vision_encoders import load_vision_encoder
 
 from helpers.models import tiny_model, tiny_processor
-from helpers.runs import metrics, tiny_options
+from helpers.runs import ROOT, metrics, tiny_options
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +200,15 @@ def test_a_micro_batch_without_images_and_texts_has_a_gradient():
     assert not model.get_input_embeddings().weight.grad.any()
 
 
+def test_truncated_texts_of_a_file_are_reported(tokenizer, tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("A dog.\n" + " ".join(["dog"] * 400) + "\n")
+    file = TextFile(path, tokenizer, [3])
+    assert [len(line[0]) for line in file.ids][1] == 255
+    file.report_truncated()
+    assert capsys.readouterr().out == f"{path}: texts longer than 255 tokens are truncated: 1 lines\n"
+
+
 def test_a_pass_over_a_text_file_reads_every_line_once(tokenizer, tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(f"There is a {'big ' * number}ball." for number in range(24)) + "\n\n")
@@ -294,6 +306,24 @@ def test_probe_of_features_that_know_the_answer(toy):
     assert known["mean_average_precision"] > 0.95
     assert unknown["mean_average_precision"] < known["mean_average_precision"] - 0.2
     assert 0 < known["chance"] < 1
+
+
+@pytest.mark.parametrize("captions", [[None, "A dog."], None, "A dog."])
+def test_a_probe_refuses_captions_of_another_kind(monkeypatch, captions):
+    rows = Dataset.from_dict({"image": [None] * 2, "image_id": [1, 2], "captions": [captions, captions]})
+    monkeypatch.setattr("nanovlm_hf.evaluation.probe.load", lambda *_, **__: {"train": rows, "validation": rows})
+    with pytest.raises(InputError, match=r"dataset: data \(short, train\): its column 'captions'|has no captions"):
+        probe_data("data")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_a_folder_is_an_encoder_of_the_command(tmp_path):
+    """The command does not register the classes with the Auto classes."""
+    folder = shutil.copytree(SHIPPED["mini-short"], tmp_path / "best")
+    code = "import nanovlm_command, sys; from nanovlm_hf.vision_encoders import load_vision_encoder as load; "
+    code += "print(type(load(sys.argv[1])).__name__)"
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "_NanoVLM\n", done.stderr
 
 
 @pytest.mark.slow

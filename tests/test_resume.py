@@ -21,6 +21,7 @@ from nanovlm_hf.training.resume import _check_same_record
 from nanovlm_hf.training.run_directory import COMPLETE, LOCK, SAMPLES_PAGE, RunDirectory, locked_run_directory
 from nanovlm_hf.training.run_record import RECORD
 from nanovlm_hf.training.run_removal import check_removable
+from nanovlm_hf.training.signals import StopSignals
 
 from helpers.runs import (
     CONFIG,
@@ -429,6 +430,28 @@ def test_text_files_of_one_name_are_told_apart():
     old = {"train": {"files": {"s.txt": "a"}}}  # of an earlier version
     one = {"train": {"files": [{"name": "s.txt", "sha256": "a"}]}}
     _check_same_record(arguments | {"data": one}, arguments | {"data": old})
+
+
+def test_a_dataset_may_have_moved_if_its_content_is_the_same():
+    fields = {"mixed_precision": "no", "resume": None}
+    record = {"processes": 1, "mixed_precision": "no", "data": {"train": {"sha256": "a"}}}
+    here, there = ({"arguments": fields | {"dataset": name}} for name in ("data", "/mnt/data"))
+    _check_same_record(record | there, record | here)
+    with pytest.raises(InputError, match="the dataset is not the one"):
+        _check_same_record(record | there | {"data": {"train": {"sha256": "b"}}}, record | here)
+
+
+def test_signals_that_the_parent_ignores_do_not_stop_a_run():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            with StopSignals() as signals:
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+            assert signals.received == 0
+            assert signal.getsignal(number) == signal.SIG_IGN
+        finally:
+            signal.signal(number, before)
 
 
 def test_an_emptied_best_model_is_written_again(tiny, killed):

@@ -1,5 +1,7 @@
 """The parts of training: configs, texts, batches, augmentation, losses, the folder of a run."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -13,10 +15,11 @@ from nanovlm_hf import InputError, NanoVLMConfig, NanoVLMForConditionalGeneratio
 from nanovlm_hf.data import image_store
 from nanovlm_hf.evaluation.grounding import measure_grounding
 from nanovlm_hf.evaluation.likelihood import Likelihood
-from nanovlm_hf.training import augmentation, data, initial_model, loop, metrics, samples, step
+from nanovlm_hf.training import augmentation, data, initial_model, loop, metrics, provenance, samples, step
 from nanovlm_hf.training.arguments import read_arguments
 from nanovlm_hf.training.batches import TrainingBatches
 from nanovlm_hf.training.export import export
+from nanovlm_hf.training.gpu_specs import gpu_of
 from nanovlm_hf.training.loss import CompletionObjective
 from nanovlm_hf.training.run_directory import RunDirectory
 from nanovlm_hf.training.texts import TokenizedTexts
@@ -27,6 +30,40 @@ from helpers.runs import CONFIG, ROOT, tiny_options
 from helpers.toy_data import COLOURS, jpeg_of, square
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.mark.parametrize(
+    ("device", "watts"),
+    [
+        ("NVIDIA L4", 72),
+        ("NVIDIA A100-SXM4-80GB", 400),
+        ("NVIDIA GeForce RTX 4090", 450),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(device, watts):
+    assert getattr(gpu_of(device), "watts", None) == watts
+
+
+def test_code_outside_a_clone_has_no_commit(tmp_path, monkeypatch):
+    """An environment may lie in the folder of another repository, or on a machine without git."""
+    environment = {
+        "GIT_AUTHOR_NAME": "a",
+        "GIT_AUTHOR_EMAIL": "a",
+        "GIT_COMMITTER_NAME": "a",
+        "GIT_COMMITTER_EMAIL": "a",
+    }
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another project"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, env=os.environ | environment)
+    file = tmp_path / "provenance.py"
+    file.touch()
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    assert provenance._git_commit() is None
+    subprocess.run(["git", "-C", tmp_path, "add", "provenance.py"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{12}\+", provenance._git_commit())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance._git_commit() is None
 
 
 def test_a_run_without_a_best_model_is_not_exported(tmp_path):

@@ -70,7 +70,7 @@ def complete_items(
         "parameters": generator.parameters,
         "weights": weights_hash(generator.model),
         "processor": processor_hash(generator),
-        "settings": generator.model.generation_config.to_diff_dict() | generator.settings,
+        "settings": _settings(generator.model.generation_config.to_diff_dict() | generator.settings),
         "items": fingerprint(items),
     }
     about = json.loads(json.dumps(about, default=str))  # as a later run reads it
@@ -105,9 +105,16 @@ def _about_before(path: Path, about_path: Path, about: dict[str, Any]) -> dict[s
     if not isinstance(before, dict):
         raise InputError(f"{about_path}: not a file of `nanovlm evaluate`: remove it and {path.name}")
     for field, value in about.items():
-        if before.get(field) != value:
+        if (_settings(before.get(field)) if field == "settings" else before.get(field)) != value:
             raise InputError(f"{path}: these completions differ in {field}: remove the file, or choose another --out")
     return before
+
+
+def _settings(settings: Any) -> Any:
+    """Return the settings of `generate` without the version of Transformers, which changes no completion."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: value for name, value in settings.items() if name != "transformers_version"}
 
 
 def _rows_before(path: Path, name: str, items: list[Item]) -> dict[str, Row]:

@@ -75,7 +75,7 @@ def rows_hash(rows: Any, captions: list[list[str]]) -> str:
     def parts() -> Iterable[bytes]:
         for row, own in zip(rows, captions, strict=True):
             yield json.dumps([row["image_id"], row["description"], own], ensure_ascii=True).encode()
-            yield row["image"]["bytes"] or b""
+            yield (row["image"] or {}).get("bytes") or b""
 
     return digest_of(parts())
 

@@ -104,7 +104,7 @@ class NanoVLM(Generator):
         self.settings["suppress_tokens"] = [model.config.image_token_id]
 
     def complete(self, image: Image.Image, prefix: str) -> Generated:
-        used = self.inputs(image, prefix)["input_ids"].shape[1]
+        used = self.processor.image_seq_length + len(self.processor(text=prefix.strip())["input_ids"][0])
         room = self.model.config.text_config.max_position_embeddings - used
         if room < 1:
             raise InputError(f"{self.name}: a prefix of {used} tokens leaves no room for a completion: use fewer words")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from ..data.image_store import decode_once
-from ..data.rows import load
+from ..data.rows import check_columns, load
 from ..data.splits import lowest_hashes
 from ..errors import InputError
 from ..image_processing_nanovlm import NanoVLMImageProcessor
@@ -52,8 +52,10 @@ def probe_data(dataset: str, variant: str = "short") -> ProbeData:
     """
     splits = load(dataset, variant, where=f"dataset: {dataset} ({variant})")
     missing = [name for name in ("train", "validation") if name not in splits]
-    if missing or not {"image", "image_id", "captions"} <= set(splits["train"].column_names):
-        raise InputError(f"dataset: {dataset} has no train and validation split with image, image_id and captions")
+    if missing:
+        raise InputError(f"dataset: {dataset} has no {missing[0]} split")
+    for name in ("train", "validation"):
+        check_columns(splits[name], f"dataset: {dataset} ({variant}, {name})", ("image", "image_id", "captions"))
     chosen = [_lowest(splits["train"], TRAIN_IMAGES), _lowest(splits["validation"], TEST_IMAGES)]
     decoded = [decode_once(rows, NanoVLMImageProcessor()) for rows in chosen]
     sets = [[_content_words(captions) for captions in rows["captions"]] for _, rows in decoded]

@@ -92,7 +92,8 @@ def _note(kind: Kind, records: list[GraderRecord], judged: dict[str, Grades], so
     calibration = " and ".join(name for source, name in names.items() if source in sources)
     if calibration:
         sentences.append(f"Rows in italics are calibration: {calibration}.")
-    graders = grades_of(records) | judged
+    graders = grades_of(records)
+    graders |= {f"{name} (judge)" if name in graders else name: grades for name, grades in judged.items()}
     alpha, texts = agreement(graders, judging.CRITERIA if kind == "text" else (SHARE,))
     if texts:
         shown = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in alpha.items())

@@ -80,7 +80,8 @@ def average(runs: list[Path], out: Path) -> dict[str, float]:
     accelerator = _accelerator(arguments)
     model = mean.module.to(accelerator.device)
     directory = RunDirectory(out)
-    metrics, completions = evaluate(model, processors[0], splits["validation"], known_words(splits), accelerator)
+    vocabulary, with_images = known_words(splits), arguments.image_dropout < 1
+    metrics, completions = evaluate(model, processors[0], splits["validation"], vocabulary, accelerator, with_images)
     write_evaluation(directory, 0, metrics, completions)
     plot_average(runs, metrics, directory)
     directory.save_model("best", model, processors[0])

@@ -84,6 +84,8 @@ def load_splits(arguments: RunArguments, processor: NanoVLMProcessor, device: to
     paths = [name for name in arguments.texts if name.endswith(TEXT_FILES)]
     image_tokens = [processor.image_token_id] * processor.image_seq_length
     files = [TextFile(path, processor.tokenizer, image_tokens) for path in paths]
+    for file in files:
+        file.report_truncated()
     datasets = {name: load_checked(arguments.dataset, name) for name in dict.fromkeys(_configs(arguments))}
     loaded: dict[str, Split] = {}
     for split in ("train", "validation"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -28,4 +29,4 @@ GPUS = {
 
 def gpu_of(device: str) -> Gpu | None:
     """Return the specifications of the GPU with this device name, or None if it is unknown."""
-    return next((gpu for name, gpu in GPUS.items() if name in device), None)
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device)), None)  # an L40S is no L4

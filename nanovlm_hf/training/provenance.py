@@ -52,11 +52,17 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the code, with a plus if tracked files have changed since."""
-    folder = Path(__file__).parent
+    """Return the commit of the code, with a plus if tracked files have changed since; None outside a clone."""
+    file = Path(__file__)
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True).stdout.strip()
+        try:
+            done = subprocess.run(["git", "-C", file.parent, *words], capture_output=True, text=True)
+        except OSError:  # git is not installed
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
 
-    commit = git("rev-parse", "--short=12", "HEAD")
-    return (commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) if commit else None
+    if not git("ls-files", file.name):  # an installed package may lie in the folder of another repository
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")) or None

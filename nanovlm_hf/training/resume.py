@@ -11,8 +11,8 @@ from .run_record import RECORD, read_record
 from .run_removal import FILES, MODELS
 from .states import PROGRESS
 
-# All other fields must stay the same. For `mixed_precision`, the value that it resolves to is compared.
-FREE_TO_CHANGE = ("resume", "overwrite", "output_dir", "save_total_limit", "trackers", "mixed_precision")
+# All other fields must stay the same. Of `dataset` the content is compared, of `mixed_precision` what it resolves to.
+FREE_TO_CHANGE = ("resume", "overwrite", "output_dir", "save_total_limit", "trackers", "dataset", "mixed_precision")
 
 
 def find_state(resume: str | None, folder: RunDirectory) -> Path | None:

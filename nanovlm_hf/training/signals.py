@@ -33,17 +33,16 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+        if signal.SIGINT in self._previous:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
         if number == getattr(signal, "SIGHUP", None):
             _detach_from_terminal()
 
 
 def _numbers() -> list[int]:
-    """Return the signals that end a run: not SIGHUP under nohup, which ignores it."""
-    hang_up = getattr(signal, "SIGHUP", None)
-    if hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN:
-        return [signal.SIGTERM, signal.SIGINT]
-    return [signal.SIGTERM, signal.SIGINT, hang_up]
+    """Return the signals that end a run, except those that its parent ignores: nohup SIGHUP, and `script &` Ctrl-C."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _detach_from_terminal() -> None:

@@ -121,6 +121,7 @@ class StreamedBatches:
         self.seed = (seed << 32) + process_index
         self.position = (0, 0)
         self._epoch = 0
+        self._reported = False  # that texts are truncated, which most windows would repeat
 
     def from_step(self, step: int) -> Iterator[dict[str, object]]:
         """Yield the batches from a step on, `micro_batches` for each step; `position` must be that of the step.
@@ -154,7 +155,9 @@ class StreamedBatches:
         }
         image_ids = [row["image_id"] for row in window.rows]
         tokenized = TokenizedTexts(texts, [row["captions"] for row in window.rows], self.processor, image_ids)
-        tokenized.report_truncated()
+        if tokenized.truncated and not self._reported:
+            tokenized.report_truncated()
+            self._reported = True
         return TrainingBatches(
             window.images,
             tokenized,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from tqdm import tqdm
 
 from ..configuration_nanovlm import TEXT_POSITIONS
 from ..errors import InputError
@@ -42,13 +43,22 @@ class TextFile:
         self.path, self.tokenizer, self.prefix = Path(path), tokenizer, image_tokens
         texts = _read(self.path, tokenizer.all_special_tokens)
         ids = iter(tokenizer([text for line in texts for text in line], verbose=False)["input_ids"])
-        end = [tokenizer.eos_token_id]
-        self.ids = [[np.array((next(ids) + end)[: TEXT_POSITIONS - 1]) for _ in line] for line in texts]
+        end, most = [tokenizer.eos_token_id], TEXT_POSITIONS - 1
+        whole = [[next(ids) + end for _ in line] for line in texts]
+        self.truncated = sum(any(len(text) > most for text in line) for line in whole)
+        self.ids = [[np.array(text[:most]) for text in line] for line in whole]
         self._lengths = np.array([len(line[0]) for line in self.ids])
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def report_truncated(self) -> None:
+        """Print how many lines have a truncated text, if there are any."""
+        if self.truncated:
+            tqdm.write(
+                f"{self.path}: texts longer than {TEXT_POSITIONS - 1} tokens are truncated: {self.truncated} lines"
+            )
 
     def sha256(self) -> str:
         """Return a hash of all texts in their order."""
