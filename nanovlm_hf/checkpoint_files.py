@@ -20,7 +20,7 @@ from .errors import InputError, first_line, scrub
 from .files import validate
 from .image_processing_nanovlm import NanoVLMImageProcessor
 from .processing_nanovlm import NanoVLMProcessor
-from .untrusted_files import Strict, is_refusal, read_object, read_tokenizer
+from .untrusted_files import Deviations, Means, Strict, is_refusal, read_object, read_tokenizer
 
 
 class _Size(Strict):
@@ -39,8 +39,8 @@ class _Preprocessor(Strict):
     do_rescale: bool = True
     rescale_factor: Annotated[float, Field(gt=0, le=1)] = 1 / 255
     do_normalize: bool = True
-    image_mean: Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
-    image_std: Annotated[list[Annotated[float, Field(gt=1e-6, le=1000)]], Field(min_length=3, max_length=3)]
+    image_mean: Means
+    image_std: Deviations
 
 
 class _Token(Strict):

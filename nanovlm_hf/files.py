@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _MOST_YAML_VALUES = 200_000
+_MOST_YAML_DIGITS = 100
+_MOST_LINE_BREAKS = 100  # in a row
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -268,6 +271,13 @@ def parse_yaml(text: str, path: str | Path, as_text: bool = False) -> Any:
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
 
+        def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+            if len(node.value) > _MOST_YAML_DIGITS:  # reading a number in base 60 takes quadratic time
+                problem = f"a number of more than {_MOST_YAML_DIGITS} digits"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            return super().construct_yaml_int(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     if as_text:
         kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
         Loader.yaml_implicit_resolvers = {
@@ -294,6 +304,16 @@ def parse_yaml(text: str, path: str | Path, as_text: bool = False) -> Any:
         elif isinstance(one, (list, set)):
             waiting += one
     return content
+
+
+def check_line_breaks(text: str, where: str | Path) -> None:
+    """Check a card before huggingface_hub looks for its metadata, which takes quadratic time in blank lines in a row.
+
+    Raises:
+        InputError: if there are too many.
+    """
+    if max(map(len, re.findall(r"[\r\n]+", text)), default=0) > _MOST_LINE_BREAKS:
+        raise InputError(f"{where}: more than {_MOST_LINE_BREAKS} blank lines in a row: remove them")
 
 
 def validate(content: Any, kind: type[T] | Any, where: str | Path) -> T:

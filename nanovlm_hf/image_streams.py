@@ -14,6 +14,7 @@ from .pillow_nanovlm import MOST_TAG_BYTES, tag_sizes, tags_fit
 
 MOST_READS = 10_000  # while a file is opened: 1 MB of comments in a GIF, 3,000 chunks of a PNG
 MOST_HEADER_BYTES = 32 * 2**20  # or the size of the file, if that is more; some formats are read completely
+MOST_WHOLE_BYTES = 64 * 2**20  # of an AVIF, HEIC or WebP, which is read completely in each thread
 MOST_NUMBERS = 250_000  # of a TIFF tag: the offsets of as many strips or tiles
 MOST_EXIF_BYTES = 2**20  # of a JPEG's segments, which are joined one by one
 MOST_SEGMENTS = 10_000  # of a JPEG
@@ -68,8 +69,8 @@ def check_metadata(file: BinaryIO, size: int) -> None:
         size: of the file, in bytes.
 
     Raises:
-        ExcessiveError: if a JPEG has too many segments or Exif data, an ICO holds a large image, or the tags of TIFF or
-            Exif data overlap.
+        ExcessiveError: if a JPEG has too many segments or Exif data, an ICO holds a large image, a file that is read
+            completely is too large, or the tags of TIFF or Exif data overlap.
     """
     head = file.read(16)
     if head[:3] == b"\xff\xd8\xff":
@@ -83,13 +84,13 @@ def check_metadata(file: BinaryIO, size: int) -> None:
     elif head[:4] == b"\0\0\1\0":
         file.seek(0)
         _check_ico(file)
-    elif head[4:8] == b"ftyp":
-        file.seek(0)
-        content = file.read()
-        for number, found in enumerate(_TIFF.finditer(content)):
-            if number == MOST_HEADERS:
-                raise ExcessiveError(f"it has more than {MOST_HEADERS} headers of Exif data")
-            _check_tags(content[found.start() : found.start() + MOST_TAG_BYTES])
+    elif head[4:8] == b"ftyp" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        if size > MOST_WHOLE_BYTES:
+            raise ExcessiveError(
+                f"files of this format are read completely, and it has more than {MOST_WHOLE_BYTES >> 20} MiB"
+            )
+        if head[4:8] == b"ftyp":
+            _check_avif(file)
     file.seek(0)
 
 
@@ -170,6 +171,15 @@ def _check_jpeg(file: BinaryIO) -> None:
             _check_tags(exif)
         elif code == 0xE2 and file.read(4) == b"MPF\0":
             _check_tags(file.read(length - 4))
+
+
+def _check_avif(file: BinaryIO) -> None:
+    file.seek(0)
+    content = file.read()
+    for number, found in enumerate(_TIFF.finditer(content)):
+        if number == MOST_HEADERS:
+            raise ExcessiveError(f"it has more than {MOST_HEADERS} headers of Exif data")
+        _check_tags(content[found.start() : found.start() + MOST_TAG_BYTES])
 
 
 def _check_tags(content: bytes) -> None:

@@ -127,15 +127,15 @@ def open_image_file(
         raise InputError(f"{name}: the image is damaged ({first_line(error)}): download or copy it again") from None
 
 
-def read_image_bytes(path: str | Path) -> bytes:
+def read_image_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        InputError: if it is not a regular file, or one that `open_image_file` rejects for its size.
+        InputError: if it is not a regular file, is empty, or has more than `max_bytes`.
     """
     name = printable(path)
     with open_regular(path) as file:
-        _file_size(file, name)
+        _file_size(file, name, max_bytes)
         try:
             return file.read()
         except (OSError, MemoryError) as error:
@@ -171,13 +171,15 @@ def scan_folder(folder: Path) -> tuple[list[Path], str]:
     images, folders, heif, others = [], 0, 0, 0
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
+        if path.name.startswith("."):  # such as ._1.jpg, which macOS puts into archives
+            continue
         if suffix in suffixes():
             images.append(path)
         elif os.path.isdir(path):
-            folders += not path.name.startswith(".")
+            folders += 1
         elif suffix in HEIF_SUFFIXES:
             heif += 1
-        elif not path.name.startswith("."):
+        else:
             others += 1
     parts = []
     if others:
@@ -251,13 +253,14 @@ def _load(image: Image.Image) -> None:
         image._size = image.im.size
 
 
-def _file_size(file: BinaryIO, name: str) -> int:
+def _file_size(file: BinaryIO, name: str, max_bytes: int = MAX_BYTES) -> int:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not size:
         raise InputError(f"{name}: is empty: use a JPEG, PNG or WebP file")
-    if size > MAX_BYTES:
-        raise InputError(f"{name}: the file has more than {MAX_BYTES >> 30} GiB: reduce the image first")
+    if size > max_bytes:
+        shown = f"{max_bytes >> 30} GiB" if max_bytes >= 2**30 else f"{max_bytes >> 20} MiB"
+        raise InputError(f"{name}: the file has more than {shown}: reduce the image first")
     return size
 
 

@@ -362,6 +362,7 @@ class NanoVLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _auto_class_of_code: str | None = None  # that loads the class with `trust_remote_code`; None for parts of the model
     _names_0_1_0 = {
         **_vision_names_0_1_0("vision_tower."),
         r"language_model\.position_embedding\.": "language_model.embed_positions.",
@@ -380,6 +381,34 @@ class NanoVLMPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, key_mapping=dict(cls._names_0_1_0), **kwargs)
         forget_renaming(loaded[0] if isinstance(loaded, tuple) else loaded, cls._names_0_1_0)
         return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model; with `push_to_hub`, upload it with its code, as `push_to_hub()` does."""
+        save = super().save_pretrained
+        if not inspect.signature(save).bind(*args, **kwargs).arguments.get("push_to_hub") and self._auto_class is None:
+            return save(*args, **kwargs)
+        with self._saved_with_code():
+            return save(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model with the code that loads it by `trust_remote_code=True`; push the processor as well."""
+        with self._saved_with_code():
+            return super().push_to_hub(*args, **kwargs)
+
+    @contextmanager
+    def _saved_with_code(self) -> Iterator[None]:
+        if self._auto_class_of_code is None:
+            yield
+            return
+        before = getattr(self.config, "auto_map", None)
+        self.config.auto_map = dict(MODEL_AUTO_CLASSES)
+        try:
+            with registered({type(self.config): "AutoConfig", type(self): self._auto_class_of_code}):
+                yield
+        finally:
+            del self.config.auto_map
+            if before is not None:
+                self.config.auto_map = before
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -614,6 +643,8 @@ class NanoVLMTextModel(NanoVLMPreTrainedModel):
 class NanoVLMModel(NanoVLMPreTrainedModel):
     """Vision encoder, projector and decoder, without the LM head."""
 
+    _auto_class_of_code = "AutoModel"
+
     def __init__(self, config: NanoVLMConfig):
         super().__init__(config)
         self.vision_tower = NanoVLMVisionModel(config.vision_config)
@@ -675,7 +706,7 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
                 f"the text has {int(mask.sum())} <image> tokens and the images give {features} features: each image "
                 f"needs {image_features.shape[1]} in a row, as NanoVLMProcessor puts them"
             )
-        return mask.unsqueeze(-1)
+        return mask.unsqueeze(-1).to(inputs_embeds.device)  # a device map may put the decoder elsewhere
 
     @can_return_tuple
     def forward(
@@ -710,7 +741,7 @@ class NanoVLMModel(NanoVLMPreTrainedModel):
             image_features = self.get_image_features(
                 pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
             ).pooler_output
-            image_features = image_features.to(inputs_embeds.dtype)
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         outputs = self.language_model(
@@ -739,6 +770,7 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
     ```
     """
 
+    _auto_class_of_code = "AutoModelForImageTextToText"
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: NanoVLMConfig):
@@ -769,31 +801,6 @@ class NanoVLMForConditionalGeneration(NanoVLMPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the model; with `push_to_hub`, upload it with its code, as `push_to_hub()` does."""
-        save = super().save_pretrained
-        if not inspect.signature(save).bind(*args, **kwargs).arguments.get("push_to_hub") and self._auto_class is None:
-            return save(*args, **kwargs)
-        with self._saved_with_code():
-            return save(*args, **kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the model with the code that loads it by `trust_remote_code=True`; push the processor as well."""
-        with self._saved_with_code():
-            return super().push_to_hub(*args, **kwargs)
-
-    @contextmanager
-    def _saved_with_code(self) -> Iterator[None]:
-        before = getattr(self.config, "auto_map", None)
-        self.config.auto_map = dict(MODEL_AUTO_CLASSES)
-        try:
-            with registered({type(self.config): "AutoConfig", type(self): "AutoModelForImageTextToText"}):
-                yield
-        finally:
-            del self.config.auto_map
-            if before is not None:
-                self.config.auto_map = before
 
     def generate(
         self,

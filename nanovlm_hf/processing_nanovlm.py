@@ -195,9 +195,13 @@ class NanoVLMProcessor(ProcessorMixin):
         is_batch = isinstance(conversation, (list, tuple)) and any(
             isinstance(one, (list, tuple)) for one in conversation
         )
-        for messages in conversation if is_batch else [conversation]:
-            _check_messages(getattr(messages, "messages", messages))  # of a `Chat` of the pipelines
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        # A `Chat` of the pipelines has `messages`.
+        found = [getattr(one, "messages", one) for one in (conversation if is_batch else [conversation])]
+        for messages in found:
+            _check_messages(messages)
+        # Transformers 4.57 takes contents in parts alone if it tokenizes.
+        found = [[dict(one) | {"content": _parts(one.get("content"))} for one in messages] for messages in found]
+        return super().apply_chat_template(found if is_batch else found[0], *args, **kwargs)
 
     def _prompts(self, texts: list[str], image_counts: list[int] | None) -> list[str]:
         """Return the stripped texts, with `<image>` placeholders for those that have an image."""
@@ -338,6 +342,13 @@ def _check_messages(messages: Any) -> None:
         for part in content:
             if part["type"] == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f"a text of a message must be a string, not {type(part.get('text')).__name__}")
+
+
+def _parts(content: Any) -> Any:
+    """Return the content of a message as a list of parts."""
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 __all__ = ["NanoVLMProcessor"]

@@ -42,6 +42,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+# Of the three colours, by which images are normalised, within limits that keep pixels finite.
+Means = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Annotated[float, Field(gt=1e-6, le=1000)]], Field(min_length=3, max_length=3)]
+
+
 class _AddedToken(Strict):
     id: Annotated[int, Field(ge=0, lt=2**31)]
     content: Annotated[str, Field(min_length=1, max_length=200)]
@@ -73,7 +78,7 @@ class _Bpe(Strict):
     continuing_subword_prefix: Literal["", None] = None
     end_of_word_suffix: Literal["", None] = None
     dropout: None = None
-    vocab: dict[str, Annotated[int, Field(ge=0, lt=2**31)]]
+    vocab: dict[Annotated[str, Field(max_length=200)], Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class _TokenizerFile(Strict):

@@ -39,6 +39,7 @@ def test_files_that_are_not_images_are_counted_in_one_line(run, saved, album):
         (album / name).write_bytes(encoded(random_image(), "JPEG"))
     for name, format in (("e.avif", "AVIF"), ("f.jp2", "JPEG2000"), ("g.apng", "PNG"), ("h.qoi", "QOI")):
         (album / name).write_bytes(encoded(random_image(), format))
+    (album / "._a.jpg").write_bytes(b"\0\5\x16\7")  # of macOS
     for name in ("notes.txt", "film.mp4", "page.eps"):
         (album / name).write_bytes(b"%!PS")
     code, lines, errors = run("complete", album, "--model", saved, *QUICK)

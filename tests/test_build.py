@@ -20,7 +20,7 @@ from nanovlm_hf import InputError
 from nanovlm_hf.data import build as build_module
 from nanovlm_hf.data import parts
 from nanovlm_hf.data.build import build_dataset
-from nanovlm_hf.data.encoding import jpeg_bytes
+from nanovlm_hf.data.encoding import jpeg_bytes, original_bytes
 from nanovlm_hf.data.join import join_images
 from nanovlm_hf.data.sources import read_captions, read_descriptions
 from nanovlm_hf.data.splits import split_of, split_position
@@ -100,9 +100,18 @@ def test_a_jpeg_of_the_right_size_is_kept_byte_for_byte(tmp_path):
     random_image(size=(300, 200)).save(large)
     random_image(size=(224, 224)).convert("L").save(png)
     assert jpeg_bytes(ready) == ready.read_bytes()
-    for path in (large, png):
-        made = Image.open(io.BytesIO(jpeg_bytes(path)))
+    exif = Image.Exif()
+    exif[0x010F] = "maker of the camera"
+    tagged, noted, padded = (tmp_path / f"{name}.jpg" for name in ("tagged", "noted", "padded"))
+    random_image(size=(224, 224)).save(tagged, exif=exif)
+    random_image(size=(224, 224)).save(noted, comment="at home")
+    padded.write_bytes(ready.read_bytes() + bytes(2**20))
+    for path in (large, png, tagged, noted, padded):
+        stored = jpeg_bytes(path)
+        made = Image.open(io.BytesIO(stored))
         assert (made.format, made.mode, made.size) == ("JPEG", "RGB", (224, 224))
+        assert not {"exif", "comment"} & made.info.keys()
+        assert len(stored) < 2**18
 
 
 def test_splits_depend_on_the_id_alone():
@@ -277,6 +286,10 @@ def test_original_files_are_kept_byte_for_byte(tmp_path, sources):
     build(sources, tmp_path / "out", original=True)
     row = all_rows(tmp_path / "out")[1003]
     assert row["image"]["bytes"] == photo.read_bytes()
+    with photo.open("r+b") as file:
+        file.truncate(2**27 + 1)
+    with pytest.raises(InputError, match="the file has more than 128 MiB: reduce the image first"):
+        original_bytes(photo)
 
 
 def test_a_few_unreadable_images_are_skipped_and_listed(tmp_path):
@@ -402,6 +415,13 @@ def write_parquet(path, **columns):
             "bytes",
             lambda p: write_parquet(p, image_id=[1], description=[b"\xff"]),
             "no column 'description' of strings",
+        ),
+        (
+            "wide",
+            lambda p: write_parquet(
+                p, image_id=[1] * 256, description=["x"] * 256, more=pa.array([b"x" * 2**23] * 256, pa.binary(2**23))
+            ),
+            "holds more than",
         ),
         ("empty", lambda p: p.write_bytes(b""), "not a readable Parquet file"),
         ("cut", lambda p: p.write_bytes(b"PAR1" + bytes(100) + b"PAR1"), "not a readable Parquet file"),

@@ -279,6 +279,11 @@ def test_what_cannot_be_exported_or_loaded_is_named(tmp_path, exported, monkeypa
             (odd / f"{name}.json").write_text(json.dumps(content | {field: value}))
             with pytest.raises(InputError, match=f"{name}.json: {field}"):
                 OnnxModel(odd)
+    content = json.loads((folder / "preprocessor_config.json").read_text())
+    for field, value in (("image_mean", [1e300, 0, 0]), ("image_std", [1e-300, 1, 1]), ("rescale_factor", 1e300)):
+        (tmp_path / "preprocessor_config" / "preprocessor_config.json").write_text(json.dumps(content | {field: value}))
+        with pytest.raises(InputError, match=f"preprocessor_config.json: {field}"):
+            OnnxModel(tmp_path / "preprocessor_config")
     with pytest.raises(InputError, match=r"there are no int8 graphs in onnx/"):
         OnnxModel(folder, "int8")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

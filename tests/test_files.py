@@ -9,7 +9,17 @@ import pytest
 
 from nanovlm_hf import InputError
 from nanovlm_hf.errors import report, scrub
-from nanovlm_hf.files import atomic_write, inside, locked, parse_json, read_json, read_jsonl, read_text, validate
+from nanovlm_hf.files import (
+    atomic_write,
+    inside,
+    locked,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_jsonl,
+    read_text,
+    validate,
+)
 
 
 @pytest.fixture
@@ -26,6 +36,12 @@ def folder(tmp_path):
     (folder / "loop.jpg").symlink_to("loop.jpg")
     os.mkfifo(folder / "fifo.jpg")
     return folder
+
+
+def test_a_number_in_base_60_takes_no_time():
+    assert parse_yaml("a: 1:30", "a.yaml") == {"a": 90}
+    with pytest.raises(InputError, match=r"cannot be read as YAML \(a number of more than 100 digits, line 1\)"):
+        parse_yaml("a: 1" + ":1" * 400_000, "a.yaml")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "below/b.jpg", "below/../a.jpg", "in.jpg"])

@@ -96,6 +96,7 @@ model.save_pretrained(local + "/plain")
 processor.save_pretrained(local + "/plain")
 model.save_pretrained(local + "/saved", push_to_hub=True, repo_id="org/saved")
 processor.save_pretrained(local + "/saved-processor", push_to_hub=True, repo_id="org/saved")
+model.model.push_to_hub("org/base")
 register_code()
 settings = {"push_to_hub": True, "hub_model_id": "org/trained", "report_to": []}
 arguments = transformers.TrainingArguments(local + "/trainer", **settings)
@@ -122,6 +123,10 @@ def test_push_to_hub_and_trainer_upload_the_code(hub, tmp_path):
     pushed, saved, trained = load(hub, home, photo, "without", "org/tiny", "org/saved", "org/trained")
     assert pushed[0] == "transformers_modules"
     assert saved == trained == pushed
+    load_base = "import transformers; print(transformers.AutoModel.from_pretrained('org/base', trust_remote_code=True))"
+    environment = online(hub, home, token=None) | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", load_base], env=environment, cwd=home, capture_output=True, text=True)
+    assert done.stdout.startswith("NanoVLMModel("), done.stderr
 
 
 @pytest.mark.slow

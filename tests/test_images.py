@@ -296,6 +296,16 @@ def test_oversized_file_is_not_read(tmp_path):
         open_image_file(path)
 
 
+@pytest.mark.parametrize("format", ["WEBP", "AVIF"])
+def test_a_large_file_that_is_read_completely_is_refused(tmp_path, format):
+    path = tmp_path / "padded"
+    with path.open("wb") as file:
+        file.write(encoded(random_image(), format))
+        file.truncate(64 * 2**20 + 1)
+    with pytest.raises(InputError, match="read completely, and it has more than 64 MiB: save it again"):
+        open_image_file(path)
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         open_image_file(tmp_path / "none.jpg")
@@ -512,7 +522,18 @@ def test_heic_is_read_with_pillow_heif(tmp_path):
 
 
 def test_other_files_in_a_folder_are_counted(tmp_path):
-    names = ("b.JFIF", "a.jpg", "c.avif", "d.mpo", "notes.txt", "film.mp4", "photo.eps", "IMG_1.HEIC", ".DS_Store")
+    names = (
+        "b.JFIF",
+        "a.jpg",
+        "c.avif",
+        "d.mpo",
+        "notes.txt",
+        "film.mp4",
+        "photo.eps",
+        "IMG_1.HEIC",
+        ".DS_Store",
+        "._a.jpg",
+    )
     for name in names:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "more").mkdir()

@@ -155,6 +155,10 @@ ODD = {
     "tokenizer: template": (edit("tokenizer.json", "post_processor", value=ADDS), "tokenizer.json: post_processor"),
     "tokenizer: suffix": (edit("tokenizer.json", "model", "end_of_word_suffix", value="é"), "end_of_word_suffix"),
     "tokenizer: dropout": (edit("tokenizer.json", "model", "dropout", value=0.5), "model.dropout"),
+    "tokenizer: long token": (
+        edit("tokenizer.json", "model", "vocab", "a" * 201, value=9999),
+        "at most 200 characters",
+    ),
     "tokenizer: kind": (edit("tokenizer.json", "model", value={"type": "WordLevel", "vocab": {}}), "model.type"),
     "tokenizer: hole": (
         edit("tokenizer.json", "model", "vocab", "a", value=9999),

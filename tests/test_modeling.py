@@ -201,6 +201,13 @@ def test_attention_arguments_reach_every_implementation(model, inputs, monkeypat
     assert received == [(False, 1)] * 2 + [(True, 2)] * 2
 
 
+def test_the_decoder_may_be_on_another_device_than_the_ids(model):
+    ids = torch.tensor([[model.config.image_token_id, 5]])
+    embeddings = torch.empty(1, 2, 8, device="meta")
+    mask = model.model.get_placeholder_mask(ids, embeddings, torch.empty(1, 1, 8))
+    assert (mask.device, tuple(mask.shape)) == (embeddings.device, (1, 2, 1))
+
+
 def test_a_device_map_does_not_split_embeddings_and_layers(model):
     names = set(model._no_split_modules)
     kept_whole = [path for path, module in model.named_modules() if type(module).__name__ in names]

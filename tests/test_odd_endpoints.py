@@ -140,7 +140,9 @@ def test_a_slow_reply_is_cut_off_at_the_timeout(describe, tmp_path):
     code, _, _ = describe("drip", "--timeout", 1, "--tries", 2, photos=2)
     assert code == 1
     assert time.monotonic() - began < 60
-    assert [row["problem"] for row in rows(tmp_path / "out" / "rejected.jsonl")] == ["no reply in 1 s"] * 2
+    assert [row["problem"] for row in rows(tmp_path / "out" / "rejected.jsonl")] == [
+        "no reply in 1 s: raise --timeout for a slow model"
+    ] * 2
 
 
 def test_a_rate_limit_with_status_200_is_respected(describe, server):

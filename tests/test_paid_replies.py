@@ -114,6 +114,7 @@ def test_a_grading_without_reply_is_not_sent_again_in_the_next_round(running, tm
 def test_timeouts_count_but_refused_connections_do_not(ask, running, tmp_path):
     _, attempts, cost, _ = ask(lambda number: (200, completion()), number=1, delays=[0.6] * 2, timeout=0.2, tries=2)
     assert (attempts, cost) == (2, pytest.approx(0.708, rel=0.05))
+    assert ask(lambda number: (200, completion()), number=1, delays=[0.6] * 6, timeout=0.2, tries=6)[1] == 2
     endpoint = Endpoint("m", "http://127.0.0.1:9/v1", tries=1)
     with ReplyStore(tmp_path / "other") as store:
         ask_all(endpoint, [ChatRequest("f" * 32, 1, [{"role": "user", "content": PROMPT}])], store)

@@ -164,6 +164,10 @@ def test_chat_template_in_tokens(processor):
     assert all(torch.equal(found[name], want[name]) for name in want)
     with pytest.raises(ValueError, match="2 <image> for 2 images"):
         ids([USER[0], image, image])
+    assert ids("There is a")["input_ids"].tolist() == processor(text="There is a")["input_ids"]
+    messages = [{"role": "user", "content": [image]}, {"role": "assistant", "content": "There is a"}]
+    found = processor.apply_chat_template([messages], tokenize=True, return_dict=True, return_tensors="pt")
+    assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("folder", [*SHIPPED.values(), None], ids=[*SHIPPED, "new"])

@@ -294,6 +294,17 @@ def edit_json(path, fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def test_a_checkpoint_in_the_home_folder_is_published(run, checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    assert dry_run(run, f"~/{checkpoint.name}")[0] == 0
+
+
+def test_many_blank_lines_in_a_card_take_no_time(run, checkpoint):
+    card = checkpoint / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\n" + "\n" * 150_000, 1))
+    assert "README.md: more than 100 blank lines in a row" in only_line(dry_run(run, checkpoint)[2])
+
+
 def test_the_current_token_is_found_whatever_its_form(run, checkpoint, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-very-private-word")
     write("README.md", "a-very-private-word")(checkpoint)

@@ -30,7 +30,9 @@ needs_5 = pytest.mark.skipif(IS_TRANSFORMERS_4, reason="`transformers serve` is 
 def test_version_4_is_told_what_to_install(run):
     code, _, errors = run("serve")
     assert code == 2
-    assert only_line(errors) == "nanovlm: `nanovlm serve` needs Transformers 5: pip install 'transformers>=5'"
+    assert only_line(errors) == (
+        "nanovlm: `nanovlm serve` needs a recent Transformers 5: pip install --upgrade 'transformers>=5'"
+    )
 
 
 @contextmanager

@@ -237,6 +237,8 @@ class _Run:
                     self.unanswered_in_a_row = 0  # the endpoint responds
                     self.refusals.add(request, api_error)
                     return None
+                if api_error.status in (408, 504):  # the endpoint may have counted the reply
+                    usage = Usage()
                 wait = api_error.retry_after
                 if wait is not None:
                     wait = min(wait, LONGEST_PAUSE)
@@ -247,8 +249,9 @@ class _Run:
                         self.resume_at = max(self.resume_at, time.monotonic() + wait)
                         attempts -= 1
                         pause = random.uniform(0.0, 0.5)  # spread the requests afterwards
-            except TimeoutError:
-                problem, usage = f"no reply in {self.endpoint.timeout:g} s", Usage()
+            except TimeoutError:  # the endpoint may go on, and count the reply
+                problem, usage = f"no reply in {self.endpoint.timeout:g} s: raise --timeout for a slow model", Usage()
+                unreadable += 1
             except asyncio.CancelledError:
                 self.store.add_unread(request, "the run ended before the reply")
                 raise

@@ -146,13 +146,14 @@ def _results(model: str, paths: list[Path], prefix: str, settings: GenerationOpt
     """Complete with onnxruntime if the model is an exported folder, without importing PyTorch; else with PyTorch."""
     from ..export.runtime import OnnxModel, complete_files, is_exported
 
-    if is_exported(Path(model)):
+    folder = Path(model).expanduser()
+    if is_exported(folder):
         if settings.temperature > 0 or settings.num_return_sequences > 1:
             raise UsageError(
                 "--temperature, --num-return-sequences: an exported model gives one completion and does not sample: "
                 "name the checkpoint"
             )
-        exported = OnnxModel(Path(model))
+        exported = OnnxModel(folder)
         return complete_files(exported, paths, prefix, settings.max_new_tokens, settings.blind, settings.num_beams)
 
     from .. import completion

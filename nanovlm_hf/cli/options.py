@@ -122,7 +122,12 @@ WrittenFrom = Annotated[
     ),
 ]
 Original = Annotated[
-    bool, typer.Option("--original", help="Keep the original image files instead of resizing them to 224 x 224.")
+    bool,
+    typer.Option(
+        "--original",
+        help="Keep the original image files, with their metadata (such as where a photo was taken), instead of resizing "
+        "them to 224 x 224.",
+    ),
 ]
 License = Annotated[
     str, typer.Option(callback=utf8, help="Licence of the descriptions, by its Hub identifier (cc-by-4.0, mit, ...).")

@@ -26,7 +26,7 @@ def serve(
     """Start an OpenAI-compatible server, whose /v1/chat/completions completes sentences about images."""
     require("serve", "nanovlm serve")
     if _serving_is_missing():
-        raise UsageError("`nanovlm serve` needs Transformers 5: pip install 'transformers>=5'")
+        raise UsageError("`nanovlm serve` needs a recent Transformers 5: pip install --upgrade 'transformers>=5'")
 
     from ..serving import serve as serve_model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ ROWS_PER_GROUP = 256
 BYTES_PER_GROUP = 16 * 2**20
 MAX_VALUES = 5_000_000  # of a column in a file
 MAX_BATCH_BYTES = 2**30
+MAX_EXPANSION = 20  # of a file; texts compress to a third, and human captions repeat a little
 
 
 def read_batches(file: BinaryIO, where: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -37,17 +39,8 @@ def read_batches(file: BinaryIO, where: str | Path, columns: Sequence[str] | Non
     """
     source = pa.PythonFile(file, "r")  # one for both readers, whose threads would otherwise move each other's position
     plain = pq.ParquetFile(source)
-    leaves = [plain.schema.column(index) for index in range(plain.metadata.num_columns)]
-    values = [0] * len(leaves)
-    for group in map(plain.metadata.row_group, range(plain.metadata.num_row_groups)):
-        chunks = [group.column(index) for index in range(len(leaves))]
-        values = [before + chunk.num_values for before, chunk in zip(values, chunks, strict=True)]
-        if any(chunk.total_uncompressed_size > MAX_BATCH_BYTES for chunk in chunks):
-            raise _too_large(where)
-    if max([plain.metadata.num_rows, *values]) > MAX_VALUES:
-        raise _too_large(where)
-    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-    once = pq.ParquetFile(source, metadata=plain.metadata, read_dictionary=texts)
+    leaves = _checked_columns(plain, where)
+    once = pq.ParquetFile(source, metadata=plain.metadata, read_dictionary=_texts(leaves))
     # By row group: across their borders, the two readers divide the rows differently.
     for group in range(plain.metadata.num_row_groups):
         batches = plain.iter_batches(ROWS_PER_GROUP, row_groups=[group], columns=columns)
@@ -55,6 +48,55 @@ def read_batches(file: BinaryIO, where: str | Path, columns: Sequence[str] | Non
             if sum(map(_bytes, batch.columns)) > MAX_BATCH_BYTES:
                 raise _too_large(where)
             yield next(batches)
+
+
+def check_expansion(file: BinaryIO, where: str | Path) -> None:
+    """Check that a file does not expand to many times its size, before a reader without such limits opens it.
+
+    Args:
+        file: the opened file.
+        where: name of the file in errors.
+
+    Raises:
+        InputError: as `read_batches`, or if its equal values, which are stored once, expand to more than
+            `MAX_BATCH_BYTES` and to more than `MAX_EXPANSION` times the size of the file.
+        pa.ArrowException, OSError, ValueError: if the file is damaged.
+    """
+    source = pa.PythonFile(file, "r")
+    plain = pq.ParquetFile(source)
+    leaves = _checked_columns(plain, where)
+    groups = [plain.metadata.row_group(number) for number in range(plain.metadata.num_row_groups)]
+    stored_once = [
+        leaf.path
+        for index, leaf in enumerate(leaves)
+        if leaf.physical_type == "BYTE_ARRAY" and any(group.column(index).has_dictionary_page for group in groups)
+    ]
+    most = max(MAX_BATCH_BYTES, MAX_EXPANSION * file.seek(0, io.SEEK_END))
+    once = pq.ParquetFile(source, metadata=plain.metadata, read_dictionary=stored_once)
+    for batch in once.iter_batches(ROWS_PER_GROUP, columns=stored_once) if stored_once else ():
+        most -= sum(map(_bytes, batch.columns))
+        if most < 0:
+            raise InputError(f"{where}: expands to many times its size: write it again with `nanovlm data build`")
+
+
+def _checked_columns(file: pq.ParquetFile, where: str | Path) -> list[Any]:
+    """Return the schema of each column after a check of what the file says of their size."""
+    leaves = [file.schema.column(index) for index in range(file.metadata.num_columns)]
+    values = [0] * len(leaves)
+    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+        for index, leaf in enumerate(leaves):
+            chunk = group.column(index)
+            values[index] += chunk.num_values
+            width = leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0
+            if max(chunk.total_uncompressed_size, width * chunk.num_values) > MAX_BATCH_BYTES:
+                raise _too_large(where)
+    if max([file.metadata.num_rows, *values]) > MAX_VALUES:
+        raise _too_large(where)
+    return leaves
+
+
+def _texts(leaves: list[Any]) -> list[str]:
+    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
 
 
 def _bytes(values: pa.Array) -> int:

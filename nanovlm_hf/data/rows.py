@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import InputError, first_line, scrub
-from ..files import parse_yaml, read_text
+from ..files import check_line_breaks, open_regular, parse_yaml, read_text
+from .parquet import check_expansion
 from .sources import whole_number
 
 _CARDS = ("README.md", ".huggingface.yaml")  # files in which `datasets` looks for the names of a dataset's files
-_MOST_CARD_BYTES = 2**20
-_MOST_BLANK_LINES = 100
+MAX_CARD_BYTES = 2**20
 
 
 def load(dataset: str, name: str | None = None, where: str | None = None, **options: Any) -> Any:
@@ -33,13 +32,17 @@ def load(dataset: str, name: str | None = None, where: str | None = None, **opti
         options: `split`, `streaming`.
 
     Raises:
-        InputError: if there is no such dataset, its card names files outside of it, or the cache cannot be written.
+        InputError: if there is no such dataset, its card names files outside of it, a file in its folder expands to
+            many times its size, or the cache cannot be written.
     """
     from datasets import load_dataset
 
     try:
         with _without_log():  # `datasets` also logs the error that it raises
-            files_of(dataset, name)
+            for path in (path for paths in files_of(dataset, name).values() for path in paths):
+                if path.endswith(".parquet") and "://" not in path:
+                    with open_regular(path) as file:
+                        check_expansion(file, path)
             # The numbers of rows in a card describe the data; a folder that was filtered by hand is still loaded.
             return load_dataset(_source(dataset), name, verification_mode="no_checks", **options)
     except Exception as error:  # `datasets` raises many types for a wrong name
@@ -202,7 +205,7 @@ def _check_card(dataset: str) -> None:
         path = _card(dataset, file)
         if path is None:
             continue
-        text = read_text(path, _MOST_CARD_BYTES)
+        text = read_text(path, MAX_CARD_BYTES)
         content = parse_yaml(_front_matter(text, path) if file == "README.md" else text, path)
         configs = content.get("configs") if isinstance(content, dict) else None
         for config in configs if isinstance(configs, list) else []:
@@ -228,9 +231,7 @@ def _card(dataset: str, file: str) -> str | None:
 def _front_matter(text: str, path: str) -> str:
     from huggingface_hub.repocard import REGEX_YAML_BLOCK  # with which `datasets` finds it
 
-    if max(map(len, re.findall(r"\n+", text)), default=0) > _MOST_BLANK_LINES:
-        # The time that the expression takes grows with the square of this number.
-        raise InputError(f"{path}: more than {_MOST_BLANK_LINES} blank lines in a row: remove them")
+    check_line_breaks(text, path)
     match = REGEX_YAML_BLOCK.search(text)
     return match[2] if match else ""
 

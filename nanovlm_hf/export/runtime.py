@@ -16,7 +16,7 @@ from ..errors import InputError, UsageError, completion_line, first_line
 from ..files import validate
 from ..images import open_image_file
 from ..pillow_nanovlm import central_square, scale_and_shift
-from ..untrusted_files import is_refusal, read_object, read_tokenizer
+from ..untrusted_files import Deviations, Means, is_refusal, read_object, read_tokenizer
 from .beam_search import BeamSearch
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class _Preprocessor(BaseModel):
     do_normalize: bool
     size: _Size
     resample: Annotated[int, Field(ge=0, le=5)]
-    rescale_factor: FiniteFloat
-    image_mean: Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
-    image_std: Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    rescale_factor: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    image_mean: Means
+    image_std: Deviations
 
 
 class OnnxModel:

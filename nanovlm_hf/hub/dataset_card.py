@@ -14,6 +14,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 
 from ..data.collections import COLLECTIONS
+from ..data.rows import MAX_CARD_BYTES
 from ..data.scan import Contents, scan
 from ..data.schema import IMAGE_FEATURES, TEXT_FEATURES
 from ..data.splits import SPLITS
@@ -155,7 +156,7 @@ def read_card(folder: Path) -> Card:
         InputError: if there is no card, or it is damaged or of another kind.
     """
     path = folder / "README.md"
-    parts = read_text(path).split("---\n", 2)
+    parts = read_text(path, MAX_CARD_BYTES).split("---\n", 2)
     try:
         metadata = validate(
             parse_yaml(parts[1], path) if len(parts) == 3 and not parts[0] else None, _FrontMatter, path

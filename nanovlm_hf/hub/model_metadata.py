@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..data.sources import ORIGINS
 from ..errors import InputError, first_line
-from ..files import read_json, read_text, validate
+from ..files import check_line_breaks, read_json, read_text, validate
 
 # Titles of the fields of `metrics.json`, and of `evaluation.json` if a checkpoint has one, in a card's metadata. A card
 # also lists those of METRICS, and omits one that is not in REQUIRED if the checkpoint is older than the metric.
@@ -201,6 +201,7 @@ def hub_card(source: Path, repo_id: str, code: bool = True, onnx: bool = False) 
 
 def _check_metadata(text: str, where: str) -> None:
     """Check that a card has metadata, without YAML aliases, which can make a short text expand endlessly."""
+    check_line_breaks(text, where)
     block = re.match(r"---\n(.*?)\n---(?:\n|$)", text, re.DOTALL)
     if block is None or len(block[1]) > MAX_METADATA or len(re.findall(r"[\[{]", block[1])) > MAX_BRACKETS:
         raise InputError(f"{where} does not begin with metadata between two lines of ---: {REMEDY}")

@@ -59,7 +59,7 @@ def stage_checkpoint(checkpoint: str, repo_id: str, folder: Path, code: bool = T
     """
     from ..loading import load_model
 
-    source = Path(SHIPPED.get(checkpoint, checkpoint))
+    source = Path(SHIPPED.get(checkpoint, checkpoint)).expanduser()
     if not source.is_dir():
         raise InputError(f"{checkpoint}: not a local folder or a released checkpoint ({', '.join(SHIPPED)})")
     chosen, skipped = publishable(source)
