@@ -125,8 +125,7 @@ Original = Annotated[
     bool,
     typer.Option(
         "--original",
-        help="Keep the original image files, with their metadata (such as where a photo was taken), instead of resizing "
-        "them to 224 x 224.",
+        help="Keep the original image files and their metadata instead of resizing them to 224 x 224.",
     ),
 ]
 License = Annotated[
