@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pydantic import Field
 from safetensors import safe_open
@@ -26,11 +27,12 @@ from .errors import InputError, first_line, scrub
 from .files import validate
 from .modeling_nanovlm import NanoVLMForConditionalGeneration
 from .processing_nanovlm import NanoVLMProcessor
-from .untrusted_files import Strict, read_object
+from .untrusted_files import MAX_SETTINGS, Strict, read_object
 
 MAX_HEADER = 2**24  # bytes of the header of a safetensors file
 # Far above models of this kind: large has 26 million parameters and reads 224 x 224 pixels in 196 patches.
 MAX_PARAMETERS = 1_000_000_000
+MAX_DOWNLOAD = 5 * MAX_PARAMETERS  # bytes: the weights in float32, and the other files
 MAX_SIDE = 1024
 MAX_PATCHES = 4096
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,6 +141,7 @@ def locate(name: str) -> Path:
         pass
     else:
         if name.count("/") == 1:
+            _check_size(name, ["config.json"], MAX_SETTINGS)
             return Path(_from_hub(name, hf_hub_download, filename="config.json")).parent
     raise InputError(f"{name}: not a local folder, a Hub id (org/name) or a released checkpoint ({', '.join(SHIPPED)})")
 
@@ -167,7 +170,20 @@ def _fetched(name: str) -> Path:
     folder = locate(name)
     if name in SHIPPED or local_folder(name) is not None:
         return folder
+    _check_size(name, FILES, MAX_DOWNLOAD, folder.name)
     return Path(_from_hub(name, snapshot_download, revision=folder.name, allow_patterns=FILES))
+
+
+def _check_size(name: str, patterns: list[str], limit: int, revision: str | None = None) -> None:
+    """Raise InputError if files to download have more bytes than the limit, before they fill the disk."""
+    try:
+        found = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+    except Exception:  # offline, where the cache may hold the files, or an error that the download reports
+        return
+    size = sum(one.size or 0 for one in found if any(fnmatch(one.rfilename, pattern) for pattern in patterns))
+    if size > limit:
+        shown = patterns[0] if len(patterns) == 1 else "its files"
+        raise InputError(f"{name}: {shown}: {size:,} bytes, the limit is {limit:,}")
 
 
 def _from_hub(name: str, fetch: Any, **arguments: Any) -> str:

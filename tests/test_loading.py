@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,6 +310,28 @@ def test_names_that_are_not_checkpoints(run, tmp_path, monkeypatch):
         code, lines, errors = run("info", name)
         assert (code, lines) == (1, []), name
         assert message in only_line(errors), name
+
+
+def test_huge_files_are_not_downloaded(monkeypatch, folder):
+    sizes = {"config.json": 2**21, "model-00001-of-00001.safetensors": 10**12, "model-quantized.safetensors": 10**13}
+
+    class Hub:
+        def model_info(self, name, revision=None, files_metadata=False):
+            assert files_metadata
+            return SimpleNamespace(
+                siblings=[SimpleNamespace(rfilename=file, size=size) for file, size in sizes.items()]
+            )
+
+    monkeypatch.setattr("nanovlm_hf.loading.HfApi", Hub)
+    monkeypatch.setattr("nanovlm_hf.loading.snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr("nanovlm_hf.loading.hf_hub_download", lambda *_, **__: str(folder / "config.json"))
+    with pytest.raises(InputError, match=r"a/b: config\.json: 2,097,152 bytes, the limit is 1,048,576"):
+        load_model("a/b")
+    sizes["config.json"] = 1000
+    with pytest.raises(InputError, match=r"a/b: its files: 1,000,000,001,000 bytes, the limit is 5,000,000,000"):
+        load_model("a/b")
+    sizes["model-00001-of-00001.safetensors"] = 10**7
+    assert load_model("a/b")[0].num_parameters() > 0
 
 
 def test_unknown_fields_are_ignored(folder):
