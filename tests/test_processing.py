@@ -166,7 +166,8 @@ def test_chat_template_in_tokens(processor):
         ids([USER[0], image, image])
     assert ids("There is a")["input_ids"].tolist() == processor(text="There is a")["input_ids"]
     messages = [{"role": "user", "content": [image]}, {"role": "assistant", "content": "There is a"}]
-    found = processor.apply_chat_template([messages], tokenize=True, return_dict=True, return_tensors="pt")
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "continue_final_message": True}
+    found = processor.apply_chat_template([messages], **settings)
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
