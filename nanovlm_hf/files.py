@@ -272,8 +272,8 @@ def parse_yaml(text: str, path: str | Path, as_text: bool = False) -> Any:
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
 
         def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-            if len(node.value) > _MOST_YAML_DIGITS:  # reading a number in base 60 takes quadratic time
-                problem = f"a number of more than {_MOST_YAML_DIGITS} digits"
+            if ":" in node.value and len(node.value) > _MOST_YAML_DIGITS:  # in base 60, which takes quadratic time
+                problem = f"a number in base 60 of more than {_MOST_YAML_DIGITS} digits"
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
             return super().construct_yaml_int(node)
 
