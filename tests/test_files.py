@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 def test_a_number_in_base_60_takes_no_time():
     assert parse_yaml("a: 1:30", "a.yaml") == {"a": 90}
-    with pytest.raises(InputError, match=r"cannot be read as YAML \(a number in base 60 of more than 100 digits, line 1\)"):
+    with pytest.raises(InputError, match="a number in base 60 of more than 100 digits, line 1"):
         parse_yaml("a: 1" + ":1" * 400_000, "a.yaml")
 
 
