@@ -70,7 +70,7 @@ class Downloader:
         self.opened: weakref.WeakSet[HTTPConnection | socket.socket] = weakref.WeakSet()
         self.session = requests.Session()
         self.session.trust_env = False
-        self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no server follows the downloads
+        self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # sends none back
         self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         adapter = HTTPAdapter()
         adapter.poolmanager.pool_classes_by_scheme = _pool_classes(self.opened, allow_private)

@@ -9,7 +9,7 @@ set -euo pipefail
 source "$(dirname "$0")/stages.sh"
 
 stage base_texts base_texts --grow_from "$1" --patch_dropout 0.5 --num_train_epochs 1.5
-# With all patches, which the encoder gets from here on.
+# With all patches, as the encoder sees them in use.
 quarter=(--num_train_epochs 0.25 --warmup_steps 20 --save_steps 50)
 variant base short "${quarter[@]}"
 variant base long "${quarter[@]}"
